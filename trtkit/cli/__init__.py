@@ -1,0 +1,124 @@
+"""The `trtkit` command: one module per verb, imported only when that verb runs."""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+from types import FrameType
+
+import click
+
+from trtkit import __version__
+
+# verb -> (module, line for `trtkit --help`). The line stands here so that `--help` imports no verb.
+VERBS = {
+    "demo": ("trtkit.cli.demo", "Everything, on the tiny model, with the embedded Triton server."),
+    "config": ("trtkit.cli.config", "List, copy and check build configs."),
+    "inspect": ("trtkit.cli.inspect", "Show what is in a source or checkpoint."),
+    "convert": ("trtkit.cli.convert", "Convert a Hugging Face checkpoint to a TRT-LLM checkpoint."),
+    "verify": ("trtkit.cli.verify", "Read a checkpoint back and compare it with its source."),
+    "build": ("trtkit.cli.build", "Convert and compile what a build config describes."),
+    "repo": ("trtkit.cli.repo", "Generate and lint model repositories."),
+    "deploy": ("trtkit.cli.deploy", "Start, watch and stop Triton."),
+    "validate": ("trtkit.cli.validate", "Check a served model against its contract and its source."),
+    "loadtest": ("trtkit.cli.loadtest", "Measure latency and throughput of a served model."),
+    "releases": ("trtkit.cli.releases", "Which container, TRT-LLM, TensorRT and driver go together."),
+}
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in VERBS:
+            return None
+        module = importlib.import_module(VERBS[name][0])
+        command = module.command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(verb, line) for verb, (_, line) in VERBS.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            import difflib
+
+            near = difflib.get_close_matches(args[0], VERBS, n=1) if args else []
+            if near:
+                error.message += f" Did you mean '{near[0]}'?"
+            raise
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="trtkit")
+@click.option("--debug", is_flag=True, help="Show tracebacks and debug logs.")
+@click.pass_context
+def group(ctx: click.Context, debug: bool) -> None:
+    """From a Hugging Face checkpoint to a served, validated, load-tested Triton deployment.
+
+    \b
+    Example:
+      trtkit demo
+      trtkit convert ./Llama-3.1-8B ./checkpoint --tp 2
+
+    Results go to stdout (tables, or JSON with --json), progress and logs to stderr.
+    Exit codes: 0 done, 1 a check failed, 2 wrong usage or config, 3 the environment lacks something,
+    130 interrupted. Shell completion: eval "$(_TRTKIT_COMPLETE=bash_source trtkit)" (or zsh_source, fish_source).
+    """
+    ctx.obj = {"debug": debug}
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of the console script. Turns every expected failure into one cause line, one fix line, an exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    debug = "--debug" in (sys.argv[1:] if args is None else args)
+    try:
+        result = group.main(args=args, standalone_mode=False)
+        code = result if isinstance(result, int) else 0
+    except click.exceptions.Exit as stop:
+        code = stop.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        click.echo("interrupted", err=True)
+        code = 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader (such as `head`) went away; nothing more can be said
+        code = 0
+    except Exception as error:
+        if debug:
+            raise
+        code = _report(error)
+    sys.exit(code)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _report(error: Exception) -> int:
+    from trtkit.errors import TrtkitError
+
+    if isinstance(error, TrtkitError):
+        cause, fix, code = error.cause, error.fix, error.exit_code
+    elif isinstance(error, OSError):
+        import errno
+
+        cause, fix, code = str(error), "free disk space and run again" if error.errno == errno.ENOSPC else "", 3
+    else:
+        cause = f"unexpected {type(error).__name__}: {error}"
+        fix, code = "this is a bug in trtkit: please report it with the output of `trtkit --debug ...`", 1
+    for line in cause.splitlines():
+        click.secho(f"error: {line}", fg="red", err=True)
+    if fix:
+        click.echo(f"  fix: {fix}", err=True)
+    return code
