@@ -84,7 +84,8 @@ class EngineConfig(_Strict):
     def _lengths_fit(self) -> EngineConfig:
         if self.max_seq_len is not None and self.max_seq_len <= self.max_input_len:
             raise ValueError(
-                f"max_seq_len ({self.max_seq_len}) counts prompt and output, so it must exceed max_input_len ({self.max_input_len})"
+                f"max_seq_len ({self.max_seq_len}) counts prompt and output, "
+                f"so it must exceed max_input_len ({self.max_input_len})"
             )
         return self
 
@@ -135,7 +136,7 @@ class DeployConfig(_Strict):
     gpus: str = "all"
     """`all`, or GPU ids such as `0,1`. Docker only."""
     shm_size: Annotated[str, Field(pattern=r"^[1-9][0-9]*[mg]$")] = "2g"
-    """/dev/shm of the container: the python backend and NCCL live in it."""
+    """Shared memory of the container: the python backend and NCCL live in it."""
     image: str | None = None
     """A container image to use instead of the release's."""
 
@@ -204,7 +205,8 @@ class BuildConfig(_Strict):
     def _batch_sizes_fit(self) -> BuildConfig:
         if self.serving.runtime == "tensorrtllm" and self.serving.max_batch_size > self.engine.max_batch_size:
             raise ValueError(
-                f"serving.max_batch_size ({self.serving.max_batch_size}) exceeds engine.max_batch_size ({self.engine.max_batch_size})"
+                f"serving.max_batch_size ({self.serving.max_batch_size}) exceeds "
+                f"engine.max_batch_size ({self.engine.max_batch_size})"
             )
         return self
 
@@ -222,7 +224,7 @@ def load_config(path: str | Path) -> BuildConfig:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}", "check the path; `trtkit config ls` lists ready-made configs") from error
+        raise InputError(f"cannot read {path}: {error}", "`trtkit config ls` lists ready-made configs") from error
     return parse_config(text, str(path), base=path.parent)
 
 
@@ -234,7 +236,8 @@ def parse_config(text: str, name: str = "<config>", base: Path | None = None) ->
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise InputError(f"{name}{line}: not valid YAML: {getattr(error, 'problem', None) or error}", "mend the syntax") from error
+        problem = getattr(error, "problem", None) or error
+        raise InputError(f"{name}{line}: not valid YAML: {problem}", "mend the syntax") from error
     if not isinstance(data, dict) or root is None:
         raise InputError(f"{name}: a build config is a mapping of keys", "start from one that `trtkit config ls` lists")
     duplicate = _duplicate_key(root)
@@ -244,7 +247,7 @@ def parse_config(text: str, name: str = "<config>", base: Path | None = None) ->
         config = BuildConfig.model_validate(data)
     except ValidationError as error:
         problems = [_describe(problem, root, name) for problem in error.errors()]
-        raise InputError("\n".join(problems), "see `trtkit config schema` for every key, its type and its range") from None
+        raise InputError("\n".join(problems), "`trtkit config schema` shows every key, its type and range") from None
     return _with_absolute_source(config, base)
 
 

@@ -1,4 +1,4 @@
-"""Errors for users: one line of cause, one line of fix, an exit code. The command line prints no traceback for these."""
+"""Errors for users: one line of cause, one line of fix, an exit code. The command line prints no traceback for them."""
 
 from __future__ import annotations
 

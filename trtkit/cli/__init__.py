@@ -15,7 +15,6 @@ from trtkit import __version__
 VERBS = {
     "demo": ("trtkit.cli.demo", "Everything, on the tiny model, with the embedded Triton server."),
     "config": ("trtkit.cli.config", "List, copy and check build configs."),
-    "inspect": ("trtkit.cli.inspect", "Show what is in a source or checkpoint."),
     "convert": ("trtkit.cli.convert", "Convert a Hugging Face checkpoint to a TRT-LLM checkpoint."),
     "verify": ("trtkit.cli.verify", "Read a checkpoint back and compare it with its source."),
     "build": ("trtkit.cli.build", "Convert and compile what a build config describes."),
@@ -34,9 +33,7 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in VERBS:
             return None
-        module = importlib.import_module(VERBS[name][0])
-        command = module.command
-        assert isinstance(command, click.Command)
+        command: click.Command = importlib.import_module(VERBS[name][0]).command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -77,7 +74,7 @@ def group(ctx: click.Context, debug: bool) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point of the console script. Turns every expected failure into one cause line, one fix line, an exit code."""
+    """Entry point of the console script: an expected failure becomes a cause line, a fix line and an exit code."""
     signal.signal(signal.SIGTERM, _interrupt)
     debug = "--debug" in (sys.argv[1:] if args is None else args)
     try:

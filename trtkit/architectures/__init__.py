@@ -1,0 +1,28 @@
+"""Model families. A new one is one new file with an `ARCHITECTURE` and one entry here."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+
+from trtkit.architectures.rules import Architecture
+from trtkit.errors import InputError
+
+FAMILIES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
+}
+"""Hugging Face class name -> module of this package."""
+
+
+def get(name: str) -> Architecture:
+    """The family of a Hugging Face class name.
+
+    Raises:
+        InputError: no family has this class; names near ones.
+    """
+    if name not in FAMILIES:
+        near = difflib.get_close_matches(name, FAMILIES, n=3, cutoff=0.5) or list(FAMILIES)
+        raise InputError(f"architecture '{name}' is not supported", f"supported and closest: {', '.join(near)}")
+    architecture: Architecture = importlib.import_module(f"trtkit.architectures.{FAMILIES[name]}").ARCHITECTURE
+    return architecture

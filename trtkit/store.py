@@ -1,0 +1,172 @@
+"""Where finished work lives: folders that appear whole or not at all, and a store of artifacts named by their inputs.
+
+A folder under construction is a sibling `.NAME.tmp-XXXX`, locked (flock) by the process that fills it and published by
+rename. So a crash leaves the old state or the new one, and the next run recognises and removes what a dead one left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from trtkit import __version__
+from trtkit.errors import InputError
+
+MANIFEST = "trtkit.json"
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+
+
+@contextlib.contextmanager
+def atomic_dir(out: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yields a temporary sibling of `out` that becomes `out` when the block ends without an exception.
+
+    Args:
+        out: the folder to make. Its parent is created.
+        replace: swap with an existing folder, which is then deleted. Without it an existing `out` is an error, unless
+            it is an empty folder.
+
+    Raises:
+        InputError: `out` exists and `replace` is off. Nothing was changed.
+    """
+    out = out.absolute()
+    _refuse_existing(out, replace)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(out)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.tmp-", dir=out.parent))
+    lock = os.open(temporary, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        temporary.chmod(0o777 & ~_umask())
+        yield temporary
+        _refuse_existing(out, replace)
+        _publish(temporary, out)
+    finally:
+        # After an exchange the temporary name holds what was replaced; after a failure, what was half made.
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
+
+
+def atomic_write(path: Path, data: str | bytes) -> None:
+    """Writes a file so that readers and crashes see the old content or the new one."""
+    path = path.absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    raw = data.encode() if isinstance(data, str) else data
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(raw)
+        Path(name).chmod(0o666 & ~_umask())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def remove_abandoned(out: Path) -> None:
+    """Removes the temporary siblings of `out` that no living process holds."""
+    for leftover in out.parent.glob(f".{out.name}.tmp-*"):
+        try:
+            descriptor = os.open(leftover, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue  # somebody is at work there
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
+        finally:
+            os.close(descriptor)
+
+
+class ArtifactStore:
+    """Finished outputs of build steps, each in a folder named by the digest of everything that determines it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path(self, kind: str, inputs: Mapping[str, Any]) -> Path:
+        """Folder of the artifact with these inputs, whether or not it exists yet."""
+        return self.root / kind / digest(inputs)[:20]
+
+    def get(self, kind: str, inputs: Mapping[str, Any]) -> Path | None:
+        """The finished artifact, or None."""
+        path = self.path(kind, inputs)
+        return path if (path / MANIFEST).is_file() else None
+
+    def build(self, kind: str, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> tuple[Path, bool]:
+        """The artifact's folder and whether it was there already; otherwise `make(folder)` fills it.
+
+        Processes that build the same artifact wait for the first one and take its result.
+        """
+        path = self.path(kind, inputs)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path.parent / f".{path.name}.lock"):
+            if self.get(kind, inputs) is not None:
+                return path, True
+            with atomic_dir(path, replace=True) as folder:
+                make(folder)
+                manifest = {"kind": kind, "inputs": dict(inputs), "trtkit": __version__, "created": int(time.time())}
+                atomic_write(folder / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+        return path, False
+
+
+def default_root() -> Path:
+    """`$TRTKIT_STORE`, else `$XDG_CACHE_HOME/trtkit/store`, else `~/.cache/trtkit/store`."""
+    if root := os.environ.get("TRTKIT_STORE"):
+        return Path(root)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trtkit" / "store"
+
+
+def digest(inputs: Mapping[str, Any]) -> str:
+    """SHA-256 of the canonical JSON of `inputs`, as hex."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _refuse_existing(out: Path, replace: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} exists and is not a folder", "choose another output folder")
+    if not replace and out.is_dir() and any(out.iterdir()):
+        raise InputError(f"{out} exists already", "choose another output folder, or replace it with --force")
+
+
+def _publish(temporary: Path, out: Path) -> None:
+    if not out.exists():
+        temporary.rename(out)
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    failed = libc.renameat2(_AT_FDCWD, os.fsencode(temporary), _AT_FDCWD, os.fsencode(out), _RENAME_EXCHANGE)
+    if not failed:
+        return
+    if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(out))
+    # A filesystem that cannot exchange two names (some network ones): two renames, so `out` is absent for an instant.
+    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.tmp-", dir=out.parent))
+    out.rename(aside / "old")
+    temporary.rename(out)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
