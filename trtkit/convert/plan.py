@@ -231,7 +231,7 @@ def _split(
         axis = 0 if split == "axis0" else 1
         chunk = shape[axis] // tp
         if chunk * tp != shape[axis]:
-            raise InputError(f"'{part.source}': axis {axis} of {list(shape)} is not divisible by TP {tp}", "use another TP")
+            raise InputError(f"{part.source}: axis {axis} of {list(shape)} is no multiple of TP {tp}", "use another TP")
         box[axis], local[axis] = (tp_rank * chunk, (tp_rank + 1) * chunk), chunk
     elif split == "kv_heads":
         head = extents["head"]
