@@ -22,7 +22,7 @@ def print_json(data: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None) -> None:
-    """A table on stdout; wide cells wrap at the terminal's width (100 columns when stdout is not a terminal)."""
+    """A table on stdout. Wide cells wrap at the terminal's width; into a file or pipe they stay whole."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -34,7 +34,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(cell if isinstance(cell, Text) else str(cell) for cell in row))
-    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 100, highlight=False).print(table)
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 1000, highlight=False).print(table)
 
 
 def print_findings(findings: Sequence[Finding], nothing: str) -> None:

@@ -1,0 +1,155 @@
+"""From a build config to finished artifacts: checkpoint, then engine, each made once per set of inputs.
+
+The artifact store names every output by the digest of all that determines it, so a rerun reuses what is finished, and a
+crash costs only the step that it interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trtkit import __version__, hf
+from trtkit.checkpoint import open_checkpoint
+from trtkit.config import BuildConfig
+from trtkit.convert.plan import Plan, plan_conversion
+from trtkit.convert.readback import verify
+from trtkit.convert.stream import write_checkpoint
+from trtkit.engine.builders import BuildCommand, compile_into, plan_build
+from trtkit.errors import CheckFailedError, InputError
+from trtkit.store import ArtifactStore, digest
+
+SKIPPED = "the reference runtime executes the checkpoint itself, so there is no engine to compile"
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What a build would do. Nothing of it has been done.
+
+    Attributes:
+        source: the opened source.
+        conversion: source -> checkpoint.
+        checkpoint_dir: where the checkpoint is or will be, in the store.
+        checkpoint_inputs, engine_inputs: all that determines the two artifacts.
+        engine_dir, command: where the engine goes and what compiles it; None for runtimes without an engine.
+    """
+
+    config: BuildConfig
+    source: hf.Source
+    conversion: Plan
+    checkpoint_inputs: dict[str, Any]
+    checkpoint_dir: Path
+    engine_inputs: dict[str, Any] | None
+    engine_dir: Path | None
+    command: BuildCommand | None
+
+
+@dataclass(frozen=True)
+class Built:
+    """Finished artifacts of a build config, and which of them were there before."""
+
+    checkpoint_dir: Path
+    checkpoint_reused: bool
+    engine_dir: Path | None
+    engine_reused: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "checkpoint": str(self.checkpoint_dir),
+            "checkpoint_reused": self.checkpoint_reused,
+            "engine": str(self.engine_dir) if self.engine_dir else None,
+            "engine_reused": self.engine_reused,
+        }
+
+
+def plan(config: BuildConfig, store: ArtifactStore) -> BuildPlan:
+    """What `run` will do, after opening the source by its headers.
+
+    Raises:
+        InputError: the source is damaged, or the config asks for what model or release cannot do.
+        LacksError: the source cannot be downloaded.
+    """
+    source = hf.open_source(config.model.source, revision=config.model.revision)
+    conversion = plan_conversion(source, config.checkpoint)
+    checkpoint_inputs = {"source": source.identity(), "config": conversion.config, "trtkit": __version__}
+    checkpoint_dir = store.path("checkpoint", checkpoint_inputs)
+    if config.serving.runtime != "tensorrtllm":
+        return BuildPlan(config, source, conversion, checkpoint_inputs, checkpoint_dir, None, None, None)
+    planned = plan_build(config, checkpoint_dir, store.root / "engine" / "new", architecture=source.architecture)
+    _check_stages(config, conversion, planned.tensorrt_llm)
+    engine_inputs = {
+        "checkpoint": digest(checkpoint_inputs),
+        "engine": config.engine.model_dump(exclude={"builder", "workers"}),
+        "tensorrt_llm": planned.tensorrt_llm,
+        "image": planned.image,
+    }
+    engine_dir = store.path("engine", engine_inputs)
+    command = plan_build(config, checkpoint_dir, engine_dir, architecture=source.architecture)
+    return BuildPlan(config, source, conversion, checkpoint_inputs, checkpoint_dir, engine_inputs, engine_dir, command)
+
+
+def run(
+    planned: BuildPlan,
+    store: ArtifactStore,
+    *,
+    on_step: Callable[[str], None] = lambda step: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_line: Callable[[str], None] | None = None,
+) -> Built:
+    """Makes what is not there yet.
+
+    Args:
+        on_step: told in a few words what begins.
+        on_progress: source bytes (done, total) of the conversion.
+        on_line: lines that trtllm-build prints.
+
+    Raises: what converting, reading back and compiling raise; finished artifacts stay.
+    """
+
+    def make_checkpoint(folder: Path) -> None:
+        on_step(f"converting {planned.source.path.name}")
+        write_checkpoint(planned.conversion, planned.source, folder, on_progress=on_progress)
+        on_step("reading the checkpoint back")
+        result = verify(planned.source, open_checkpoint(folder))
+        if not result.passed:
+            name = next(iter(result.mismatches))
+            raise CheckFailedError(f"the checkpoint differs from its source in '{name}'", "check disk and memory")
+
+    checkpoint_dir, checkpoint_reused = store.build("checkpoint", planned.checkpoint_inputs, make_checkpoint)
+    if planned.command is None or planned.engine_inputs is None:
+        return Built(checkpoint_dir, checkpoint_reused, None, False)
+    command, identity = planned.command, digest(planned.checkpoint_inputs)
+
+    def make_engine(folder: Path) -> None:
+        on_step(f"compiling the engine: {command.line}")
+        compile_into(command, folder, on_line=on_line, checkpoint_digest=identity)
+
+    engine_dir, engine_reused = store.build("engine", planned.engine_inputs, make_engine)
+    return Built(checkpoint_dir, checkpoint_reused, engine_dir, engine_reused)
+
+
+def find(config: BuildConfig, store: ArtifactStore) -> Built:
+    """The finished artifacts of a config.
+
+    Raises:
+        InputError: they have not been built, or the source or config changed since.
+    """
+    planned = plan(config, store)
+    checkpoint_dir = store.get("checkpoint", planned.checkpoint_inputs)
+    engine_dir = store.get("engine", planned.engine_inputs) if planned.engine_inputs else None
+    if checkpoint_dir is None or (planned.engine_inputs and engine_dir is None):
+        missing = "checkpoint" if checkpoint_dir is None else "engine"
+        raise InputError(f"'{config.name}' as it is now has no finished {missing}", "run `trtkit build` first")
+    return Built(checkpoint_dir, True, engine_dir, engine_dir is not None)
+
+
+def _check_stages(config: BuildConfig, conversion: Plan, tensorrt_llm: str) -> None:
+    """Before 1.0 the loader gave every stage layers // pp layers and dropped the rest without a word."""
+    layers = conversion.config["num_hidden_layers"]
+    if layers % config.checkpoint.pp and int(tensorrt_llm.split(".", maxsplit=1)[0]) < 1:
+        raise InputError(
+            f"TensorRT-LLM {tensorrt_llm} drops layers: PP {config.checkpoint.pp} does not divide {layers} of them",
+            "choose a PP that divides the layers, or a release with TensorRT-LLM 1.0 or later",
+        )

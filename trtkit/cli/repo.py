@@ -1,0 +1,141 @@
+"""`trtkit repo`: generate and lint model repositories.
+
+Example:
+  trtkit repo generate build_configs/tiny-llama.yaml --checkpoint ./checkpoint -o ./models
+  trtkit repo lint ./models
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from trtkit.cli._common import dry_run_option, json_option, note, print_findings, print_json, print_table
+
+if TYPE_CHECKING:
+    from trtkit.config import BuildConfig
+
+_folder = click.Path(path_type=Path, file_okay=False)
+
+
+@click.group()
+def command() -> None:
+    """Generate and lint model repositories.
+
+    \b
+    Example:
+      trtkit repo generate build_configs/tiny-llama.yaml --checkpoint ./checkpoint -o ./models
+      trtkit repo lint ./models
+    """
+
+
+@command.command()
+@click.argument("config_file", metavar="CONFIG", type=click.Path(path_type=Path))
+@click.option("--checkpoint", type=_folder, help="TRT-LLM checkpoint, for runtime 'reference'.")
+@click.option("--engine", type=_folder, help="Engine, for runtime 'tensorrtllm'.")
+@click.option("--tokenizer", type=_folder, help="Folder with tokenizer.json; by default model.source of CONFIG.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The repository to write.")
+@click.option("--model-path-in-container", metavar="PATH", help="Where the server finds checkpoint or engine.")
+@click.option(
+    "--logits-dtype", type=click.Choice(["FP32", "FP16"]), default="FP32", show_default=True, help="Of the engine."
+)
+@click.option("--force", is_flag=True, help="Replace a folder that trtkit did not generate.")
+@dry_run_option
+@json_option
+def generate(
+    config_file: Path,
+    checkpoint: Path | None,
+    engine: Path | None,
+    tokenizer: Path | None,
+    output: Path,
+    model_path_in_container: str | None,
+    logits_dtype: str,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Write the model repository that CONFIG describes.
+
+    A folder that trtkit generated earlier is replaced as a whole; any other folder is left alone without --force.
+
+    \b
+    Example:
+      trtkit repo generate build_configs/tiny-llama.yaml --checkpoint ./checkpoint -o ./models
+      trtkit repo generate llama.yaml --engine ./engine -o ./models --model-path-in-container /models/engine
+    """
+    from trtkit.config import load_config
+    from trtkit.repository.generate import render_repository, write_repository
+
+    config = load_config(config_file)
+    files = render_repository(
+        config,
+        tokenizer_dir=tokenizer or _tokenizer_of(config),
+        checkpoint_dir=_with_config(checkpoint, "checkpoint"),
+        engine_dir=_with_config(engine, "engine"),
+        model_path_in_container=model_path_in_container,
+        logits_dtype=logits_dtype,
+    )
+    sizes = {name: len(content.encode() if isinstance(content, str) else content) for name, content in files.items()}
+    if not dry_run:
+        write_repository(files, output, force=force)
+    if as_json:
+        print_json({"repository": str(output), "written": not dry_run, "files": sizes})
+        return
+    print_table(["file", "bytes"], sorted(sizes.items()))
+    note(f"{'would write' if dry_run else 'wrote'} {len(files)} files to {output}")
+
+
+@command.command()
+@click.argument("path", required=False, type=click.Path(path_type=Path))
+@click.option("--rules", is_flag=True, help="Print the rules and stop.")
+@json_option
+def lint(path: Path | None, rules: bool, as_json: bool) -> None:
+    """Find what Triton would refuse, hang on or serve wrongly, before it starts. Exit code 1 when there are errors.
+
+    \b
+    Example:
+      trtkit repo lint ./models
+      trtkit repo lint --rules
+    """
+    from trtkit.findings import has_errors
+    from trtkit.repository.lint import lint_repository
+    from trtkit.repository.lint_rules import RULES
+
+    if rules:
+        rows = [(number, rule.severity, rule.title) for number, rule in RULES.items()]
+        if as_json:
+            print_json([dict(zip(("id", "severity", "title"), row, strict=True)) for row in rows])
+        else:
+            print_table(["id", "severity", "rule"], rows)
+        return
+    if path is None:
+        raise click.UsageError("Missing argument 'PATH'.")
+    findings = lint_repository(path)
+    if as_json:
+        print_json([finding.to_dict() for finding in findings])
+    else:
+        print_findings(findings, f"{path}: no findings")
+    if has_errors(findings):
+        raise click.exceptions.Exit(1)
+
+
+def _tokenizer_of(config: BuildConfig) -> Path:
+    from trtkit.errors import InputError
+
+    source = Path(config.model.source)
+    if not source.is_dir():
+        raise InputError(f"model.source '{config.model.source}' is not a folder here", "give --tokenizer DIR")
+    return source
+
+
+def _with_config(folder: Path | None, kind: str) -> Path | None:
+    from trtkit.errors import InputError
+
+    if folder is not None and not (folder / "config.json").is_file():
+        raise InputError(
+            f"{folder} is not {'an engine' if kind == 'engine' else 'a checkpoint'}: config.json is missing",
+            "build it first",
+        )
+    return folder
