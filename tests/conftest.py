@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("trtkit", deadline=None)  # timing never decides a test
+settings.load_profile("trtkit")
 
 MakeSource = Callable[..., Path]
 

@@ -8,6 +8,7 @@ knows about YAML.
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from trtkit.errors import InputError
+from trtkit.errors import InputError, LacksError
 
 Runtime = Literal["tensorrtllm", "reference"]
 DType = Literal["auto", "float16", "bfloat16", "float32"]
@@ -24,6 +25,7 @@ Target = Literal["local", "docker"]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """Names become folder, process and container names, so they hold nothing a path or a shell could misread."""
 
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Port = Annotated[int, Field(ge=0, le=65535, description="TCP port; 0 takes a free one")]
 PositiveInt = Annotated[int, Field(ge=1)]
 
@@ -183,7 +185,7 @@ class Scenario(_Strict):
 class BuildConfig(_Strict):
     """Everything trtkit needs to know, from source to load test."""
 
-    name: Annotated[str, Field(pattern=NAME_PATTERN)]
+    name: Name
     """Name of the deployment and of its folder."""
     model: ModelConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -191,7 +193,7 @@ class BuildConfig(_Strict):
     serving: ServingConfig = ServingConfig()
     deploy: DeployConfig = DeployConfig()
     validation: ValidationConfig = ValidationConfig()
-    loadtest: dict[str, Scenario] = {"default": Scenario(concurrency=8)}
+    loadtest: dict[Name, Scenario] = {"default": Scenario(concurrency=8)}
     """Scenarios by name."""
 
     @field_validator("loadtest")
@@ -200,6 +202,16 @@ class BuildConfig(_Strict):
         if not value:
             raise ValueError("at least one scenario is needed")
         return value
+
+    @model_validator(mode="after")
+    def _paged_context_fits(self) -> BuildConfig:
+        wants_it = self.serving.enable_kv_cache_reuse or self.serving.enable_chunked_context
+        if self.serving.runtime == "tensorrtllm" and wants_it and not self.engine.use_paged_context_fmha:
+            raise ValueError(
+                "engine.use_paged_context_fmha is off, but serving.enable_kv_cache_reuse and "
+                "serving.enable_chunked_context need it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batch_sizes_fit(self) -> BuildConfig:
@@ -238,6 +250,8 @@ def parse_config(text: str, name: str = "<config>", base: Path | None = None) ->
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or error
         raise InputError(f"{name}{line}: not valid YAML: {problem}", "mend the syntax") from error
+    except RecursionError:
+        raise InputError(f"{name}: nested too deeply", "a build config has four levels; mend the brackets") from None
     if not isinstance(data, dict) or root is None:
         raise InputError(f"{name}: a build config is a mapping of keys", "start from one that `trtkit config ls` lists")
     duplicate = _duplicate_key(root)
@@ -251,6 +265,18 @@ def parse_config(text: str, name: str = "<config>", base: Path | None = None) ->
     return _with_absolute_source(config, base)
 
 
+def ready_made_configs() -> dict[str, Path]:
+    """The build configs that come with trtkit, by name.
+
+    Raises:
+        LacksError: the installation is incomplete.
+    """
+    files = sorted(_config_folder().glob("*.yaml"), key=lambda file: file.stem)
+    if not files:
+        raise LacksError(f"no build configs in {_config_folder()}", "install trtkit again: the package is incomplete")
+    return {file.stem: file for file in files}
+
+
 def config_schema() -> dict[str, Any]:
     """The JSON Schema of a build config, for editors and `trtkit config schema`."""
     return BuildConfig.model_json_schema()
@@ -259,6 +285,12 @@ def config_schema() -> dict[str, Any]:
 def is_hub_id(source: str) -> bool:
     """Whether a source that is not a local folder has the form of a hub id (`name` or `owner/name`)."""
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", source) is not None
+
+
+def _config_folder(package: Path = Path(__file__).parent) -> Path:
+    """Inside the package when it is installed, beside it in a working copy."""
+    installed = package / "_data" / "build_configs"
+    return installed if installed.is_dir() else package.parent / "build_configs"
 
 
 def _with_absolute_source(config: BuildConfig, base: Path | None) -> BuildConfig:
@@ -270,20 +302,24 @@ def _with_absolute_source(config: BuildConfig, base: Path | None) -> BuildConfig
     return config.model_copy(update={"model": model})
 
 
-def _duplicate_key(node: yaml.Node) -> tuple[str, int] | None:
-    """The first key that a mapping holds twice (YAML silently keeps the last one), with its line."""
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            if key.value in seen:
-                return str(key.value), key.start_mark.line + 1
-            seen.add(key.value)
-            if (found := _duplicate_key(value)) is not None:
-                return found
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            if (found := _duplicate_key(item)) is not None:
-                return found
+def _duplicate_key(root: yaml.Node) -> tuple[str, int] | None:
+    """A key that a mapping holds twice (YAML silently keeps the last one), with its line."""
+    waiting: list[yaml.Node] = [root]
+    visited: set[int] = set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in visited:  # an alias may name its own parent, and a few of them one node billions of times
+            continue
+        visited.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if key.value in seen:
+                    return _printable(str(key.value)), key.start_mark.line + 1
+                seen.add(key.value)
+            waiting += [value for _, value in reversed(node.value)]
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += reversed(node.value)
     return None
 
 
@@ -291,7 +327,7 @@ def _describe(problem: Any, root: yaml.Node, name: str) -> str:
     """One line for one schema violation: place, key, what is wrong, what is valid."""
     location = [part for part in problem["loc"] if part != "[key]"]
     line = _line_of(root, location)
-    key = ".".join(str(part) for part in location)
+    key = ".".join(_printable(str(part)) for part in location)
     prefix = f"{name}:{line}: "
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(location[-1]), _valid_keys(location[:-1]), n=1, cutoff=0.5)
@@ -303,8 +339,11 @@ def _describe(problem: Any, root: yaml.Node, name: str) -> str:
     message = message[:1].lower() + message[1:]
     given = problem.get("input")
     shown = "" if isinstance(given, (dict, list)) or given is None else f" (given: {given!r})"
-    limits = _range_of(location)
-    return f"{prefix}{key + ': ' if key else ''}{message}{shown}{limits}"
+    if shown and problem["type"] == "string_type":
+        shown += "; put it in quotes"  # YAML reads 25.10 as a number and 2024-01-01 as a date
+    if problem["type"] == "value_error":  # a message of our own, which begins with the key that it is about
+        line = _line_of(root, [*location, *message.split(" ", 1)[0].split(".")])
+    return f"{name}:{line}: {key + ': ' if key else ''}{message}{shown}{_range_of(location)}"
 
 
 def _line_of(root: yaml.Node, location: list[Any]) -> int:
@@ -322,9 +361,17 @@ def _line_of(root: yaml.Node, location: list[Any]) -> int:
     return line + 1
 
 
+def _printable(key: str) -> str:
+    """A key as an error shows it: line breaks and terminal controls escaped."""
+    return key if key.isprintable() else repr(key)[1:-1]
+
+
+_schema = functools.cache(config_schema)
+
+
 def _schema_at(location: list[Any]) -> dict[str, Any]:
     """The part of the JSON Schema that describes `location`; empty where there is none."""
-    schema = config_schema()
+    schema = _schema()
     definitions = schema.get("$defs", {})
 
     def resolve(node: dict[str, Any]) -> dict[str, Any]:
@@ -338,8 +385,8 @@ def _schema_at(location: list[Any]) -> dict[str, Any]:
             node = resolve(node.get("items", {}))
         elif part in node.get("properties", {}):
             node = resolve(node["properties"][part])
-        elif isinstance(node.get("additionalProperties"), dict):
-            node = resolve(node["additionalProperties"])
+        elif "patternProperties" in node:  # a mapping whose keys are free names
+            node = resolve(next(iter(node["patternProperties"].values())))
         else:
             return {}
     return node

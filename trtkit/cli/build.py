@@ -26,7 +26,7 @@ def command(configs: tuple[Path, ...], root: Path | None, dry_run: bool, as_json
     store is $TRTKIT_STORE, else ~/.cache/trtkit/store.
 
     \b
-    Examples:
+    Example:
       trtkit build build_configs/tiny-llama.yaml
       trtkit build build_configs/llama-3.1-8b-fp16.yaml --dry-run
     """

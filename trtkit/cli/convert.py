@@ -54,7 +54,7 @@ def command(
     Needs no GPU, no TensorRT-LLM and no torch. OUT appears whole or not at all.
 
     \b
-    Examples:
+    Example:
       trtkit convert examples/tiny-llama /tmp/checkpoint --tp 2 --dtype float16
       trtkit convert meta-llama/Llama-3.1-8B ./checkpoint --revision main --tp 2 --pp 2
       trtkit convert ./Mistral-7B ./checkpoint --tp 4 --dry-run
