@@ -11,7 +11,7 @@ import click
 from trtkit.cli._common import json_option, print_findings, print_json, print_table
 
 if TYPE_CHECKING:
-    from trtkit.demo import DemoResult
+    from trtkit.demo import DemoResult, Listener
     from trtkit.deploy.deployment import Deployment
 
 
@@ -73,7 +73,7 @@ class _Screen:
         if error[0] is not None and self.title:
             self.console.print(f"[red]✗[/] {self.title}")
 
-    def listener(self) -> object:
+    def listener(self) -> Listener:
         from trtkit.demo import Listener
 
         return Listener(self.step, self.done, self.detail, self.progress, self.text)

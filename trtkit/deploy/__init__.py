@@ -1,0 +1,1 @@
+"""Deploy: start, watch and stop Triton on a target (`local`, `docker`)."""

@@ -1,0 +1,103 @@
+"""The arguments of tritonserver, for one process or for one per rank under MPI. Pure functions.
+
+Source of the options: triton-inference-server/server, src/command_line_parser.cc; of the MPI form (leader mode, one
+block per rank): triton-inference-server/tensorrtllm_backend, scripts/launch_triton_server.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def server_arguments(
+    repository: str,
+    *,
+    host: str,
+    http_port: int,
+    grpc_port: int,
+    metrics_port: int,
+    exit_timeout_s: int,
+    shm_prefix: str,
+    backend_directory: str | None = None,
+    cache_directory: str | None = None,
+    log_verbose: int = 0,
+) -> list[str]:
+    """Arguments of a server that serves everything in `repository` and lets nobody change that.
+
+    Model configurations must be complete (no auto-completion: it starts every python model twice), a model that does
+    not load ends the server, and clients may not load models (that would let them run code).
+
+    Args:
+        shm_prefix: begins the names of the python backend's shared-memory regions; unique on the machine.
+    """
+    arguments = [
+        f"--model-repository={repository}",
+        "--model-control-mode=none",
+        "--disable-auto-complete-config",
+        "--exit-on-error=true",
+        "--strict-readiness=true",
+        f"--exit-timeout-secs={exit_timeout_s}",
+        f"--http-address={host}",
+        f"--http-port={http_port}",
+        f"--grpc-address={host}",
+        f"--grpc-port={grpc_port}",
+        f"--metrics-address={host}",
+        f"--metrics-port={metrics_port}",
+        "--allow-sagemaker=false",
+        "--allow-vertex-ai=false",
+        f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
+        f"--log-verbose={log_verbose}",
+    ]
+    if backend_directory is not None:
+        arguments.append(f"--backend-directory={backend_directory}")
+    if cache_directory is not None:
+        arguments.append(f"--cache-directory={cache_directory}")
+    return arguments
+
+
+def mpi_command(
+    server: str,
+    arguments: Sequence[str],
+    *,
+    world_size: int,
+    shm_prefix: str,
+    llm_models: Sequence[str] = ("tensorrt_llm",),
+) -> list[str]:
+    """One server per rank under `mpirun`, or `server` alone for one rank.
+
+    Rank 0 answers requests and loads everything. The others load only the models that hold the engine, which never
+    return from their start, and open no ports. Every rank has shared-memory names of its own.
+
+    Args:
+        arguments: those of `server_arguments`.
+        world_size: tensor parallel times pipeline parallel; TRT-LLM's leader mode insists on this number.
+    """
+    if world_size == 1:
+        return [server, *arguments]
+    command = ["mpirun", "--allow-run-as-root"]
+    for rank in range(world_size):
+        block = [_for_rank(argument, rank, shm_prefix) for argument in arguments]
+        if rank > 0:
+            command.append(":")
+            block = [argument for argument in block if not argument.startswith(_LEADER_ONLY)]
+            block += ["--model-control-mode=explicit", *(f"--load-model={model}" for model in llm_models)]
+            block += ["--allow-http=false", "--allow-grpc=false", "--allow-metrics=false"]
+        command += ["-n", "1", server, *block]
+    return command
+
+
+_LEADER_ONLY = (
+    "--model-control-mode=",
+    "--http-address=",
+    "--http-port=",
+    "--grpc-address=",
+    "--grpc-port=",
+    "--metrics-address=",
+    "--metrics-port=",
+)
+
+
+def _for_rank(argument: str, rank: int, shm_prefix: str) -> str:
+    if argument.startswith("--backend-config=python,shm-region-prefix-name="):
+        return f"--backend-config=python,shm-region-prefix-name={shm_prefix}{rank}_"
+    return argument

@@ -1,0 +1,190 @@
+"""The `docker run` line of a deployment: a pure function from a build config to an argument list."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trtkit import releases
+from trtkit.deploy import state
+from trtkit.deploy.command import mpi_command, server_arguments
+from trtkit.deploy.supervisor import STOP_MARGIN_S
+from trtkit.errors import InputError
+
+if TYPE_CHECKING:
+    from trtkit.config import BuildConfig
+
+INSIDE = (8000, 8001, 8002)
+"""HTTP, gRPC and metrics ports inside the container, and outside where the config says 0."""
+
+LABEL = "trtkit.deployment"
+_GPU = r"(\d+|(GPU|MIG)-[0-9A-Za-z-/]+)"
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+@dataclass(frozen=True)
+class Mount:
+    """A folder of this machine, read-only at a path inside the container."""
+
+    source: Path
+    target: str
+
+
+@dataclass(frozen=True)
+class DockerRun:
+    """One container that serves a model repository.
+
+    Attributes:
+        name: of the deployment; the container is `trtkit-<name>`.
+        ports: on this machine, of HTTP, gRPC and metrics.
+        command: what runs inside.
+        pass_environment: variables handed on by name, so that no value stands in an argument list.
+        user: `--user`; None keeps the image's.
+        stop_timeout_s: from SIGTERM to SIGKILL.
+    """
+
+    name: str
+    image: str
+    host: str
+    ports: tuple[int, int, int]
+    mounts: tuple[Mount, ...]
+    gpus: str
+    shm_size: str
+    command: tuple[str, ...]
+    pass_environment: tuple[str, ...]
+    user: str | None
+    stop_timeout_s: int
+
+    @property
+    def container(self) -> str:
+        return f"trtkit-{self.name}"
+
+    def argv(self, *, detach: bool = False) -> list[str]:
+        """The whole command.
+
+        In the foreground the container goes when it ends (`--rm`). A detached one stays until `down`, because a
+        container that removes itself takes the reason of its failure along.
+        """
+        address = f"[{self.host}]" if ":" in self.host else self.host
+        argv = ["docker", "run", "--detach" if detach else "--rm", "--init", "--name", self.container]
+        argv += ["--label", f"{LABEL}={self.name}", "--stop-timeout", str(self.stop_timeout_s)]
+        argv += ["--gpus", self.gpus, "--shm-size", self.shm_size]
+        # Locked memory for pinned buffers, and a large stack: NVIDIA's advice for its containers.
+        argv += ["--ulimit", "memlock=-1", "--ulimit", "stack=67108864"]
+        for outside, inside in zip(self.ports, INSIDE, strict=True):
+            argv += ["--publish", f"{address}:{outside}:{inside}"]
+        for mount in self.mounts:
+            argv += ["--mount", _csv(["type=bind", f"source={mount.source}", f"target={mount.target}", "readonly"])]
+        for variable in self.pass_environment:
+            argv += ["--env", variable]
+        if self.user is not None:
+            argv += ["--user", self.user]
+        return [*argv, self.image, *self.command]
+
+    def shell_line(self) -> str:
+        """The foreground command, ready to paste into a shell."""
+        return shlex.join(self.argv())
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "container": self.container,
+            "image": self.image,
+            "host": self.host,
+            "ports": dict(zip(("http", "grpc", "metrics"), self.ports, strict=True)),
+            "argv": self.argv(),
+        }
+
+
+def render(
+    config: BuildConfig,
+    repository: str | Path,
+    engine: str | Path | None = None,
+    *,
+    name: str | None = None,
+    model_path_in_container: str | None = None,
+    ports: tuple[int, int, int] | None = None,
+    pass_environment: Sequence[str] = (),
+    user: str | None = None,
+) -> DockerRun:
+    """The container that serves `repository` as `config.deploy` says. Touches nothing.
+
+    Args:
+        repository: mounted read-only at its own path.
+        engine: mounted read-only where the repository's `gpt_model_path` looks: `model_path_in_container`, else its
+            own path.
+        ports: on this machine; None takes those of the config, with Triton's 8000, 8001 and 8002 for 0.
+        pass_environment: variables to hand on, such as `HF_TOKEN`; their values stay out of the command.
+        user: as in `docker run --user`.
+
+    Raises:
+        InputError: a runtime that needs trtkit inside, GPUs that do not fit, a name that cannot be handed on.
+    """
+    if config.serving.runtime == "reference":
+        raise InputError(
+            "the reference runtime needs trtkit beside the server, which the container does not have",
+            "use --target local, or serving.runtime: tensorrtllm",
+        )
+    deploy = config.deploy
+    world_size = config.checkpoint.tp * config.checkpoint.pp
+    chosen = state.folder_of(name or config.name).name
+    mounts = [Mount(Path(repository).resolve(), str(Path(repository).resolve()))]
+    if engine is not None:
+        mounts.append(Mount(Path(engine).resolve(), model_path_in_container or str(Path(engine).resolve())))
+    for mount in mounts:
+        if not mount.target.startswith("/"):
+            raise InputError(f"'{mount.target}' is not an absolute path inside the container", "begin it with /")
+    for variable in pass_environment:
+        if _VARIABLE.fullmatch(variable) is None:
+            raise InputError(f"'{variable}' is not the name of a variable", "give the name alone, without a value")
+    arguments = server_arguments(
+        str(mounts[0].source),
+        host="0.0.0.0",  # noqa: S104 - inside the container; the published ports decide who gets in
+        http_port=INSIDE[0],
+        grpc_port=INSIDE[1],
+        metrics_port=INSIDE[2],
+        exit_timeout_s=deploy.exit_timeout_s,
+        shm_prefix=f"{chosen}_",
+    )
+    wanted = (deploy.http_port, deploy.grpc_port, deploy.metrics_port)
+    defaults = tuple(port or inside for port, inside in zip(wanted, INSIDE, strict=True))
+    return DockerRun(
+        name=chosen,
+        image=deploy.image or releases.get(deploy.release).image,
+        host=deploy.host,
+        ports=ports or (defaults[0], defaults[1], defaults[2]),
+        mounts=tuple(mounts),
+        gpus=_gpus(deploy.gpus, world_size),
+        shm_size=deploy.shm_size,
+        command=tuple(mpi_command("tritonserver", arguments, world_size=world_size, shm_prefix=f"{chosen}_")),
+        pass_environment=tuple(pass_environment),
+        user=user,
+        stop_timeout_s=deploy.exit_timeout_s + int(STOP_MARGIN_S),
+    )
+
+
+def _gpus(gpus: str, world_size: int) -> str:
+    """Value of `--gpus`. Docker reads it as CSV, so a list of devices stands in quotes, which belong to the value."""
+    if gpus == "all":
+        return "all"
+    if re.fullmatch(rf"{_GPU}(,{_GPU})*", gpus) is None:
+        raise InputError(f"deploy.gpus '{gpus}' is neither `all` nor a list of GPU ids", "write for example 0,1")
+    count = len(set(gpus.split(",")))
+    if count < world_size:
+        raise InputError(
+            f"deploy.gpus '{gpus}' names {count} GPUs, and tp times pp needs {world_size}",
+            "name one per rank, or `all`",
+        )
+    return f'"device={gpus}"' if "," in gpus else f"device={gpus}"
+
+
+def _csv(fields: list[str]) -> str:
+    """One CSV record, as `--mount` wants it; this keeps commas in paths in one field."""
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(fields)
+    return line.getvalue()

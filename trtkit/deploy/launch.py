@@ -1,0 +1,323 @@
+"""Starts a local server under a supervisor and waits until it serves. The side effects behind `trtkit.deploy.local`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+import trtkit
+from trtkit.deploy import ports, processes, readiness, serverlog, state
+from trtkit.deploy.command import server_arguments
+from trtkit.deploy.deployment import Deployment, clear_crashed, from_record
+from trtkit.deploy.server import Server, environment, find_server, prepared
+from trtkit.deploy.supervisor import STOP_MARGIN_S
+from trtkit.errors import CheckFailedError, InputError, LacksError
+
+Progress = Callable[[str], None]
+PORT_ATTEMPTS = 5
+_LINT = "check the repository with `trtkit repo lint`"
+
+
+@dataclass(frozen=True)
+class ServerSpec:
+    """What to serve and how.
+
+    Attributes:
+        name: of the deployment; `trtkit.config.NAME_PATTERN` says what it may hold.
+        repository: the model repository; every folder in it is a model.
+        host: address to listen on.
+        http_port, grpc_port, metrics_port: 0 takes a free one.
+        ready_timeout_s: until every model must be ready.
+        exit_timeout_s: how long running requests may finish after a stop.
+        tritonserver: executable to use; None looks for one.
+        pass_environment: variables that the server may see although their names look like secrets.
+        log_path: None keeps `server.log` in the deployment's state folder.
+        private_backends: keep the python backend's stub out of site-packages, in the user's cache.
+        log_verbose: the server's verbosity, 0 to 3.
+    """
+
+    name: str
+    repository: str | Path
+    host: str = "127.0.0.1"
+    http_port: int = 0
+    grpc_port: int = 0
+    metrics_port: int = 0
+    ready_timeout_s: float = 300.0
+    exit_timeout_s: int = 10
+    tritonserver: str | None = None
+    pass_environment: Sequence[str] = ()
+    log_path: str | Path | None = None
+    private_backends: bool = False
+    log_verbose: int = 0
+
+    @property
+    def ports(self) -> tuple[int, int, int]:
+        return self.http_port, self.grpc_port, self.metrics_port
+
+
+@dataclass
+class Launch:
+    """A server that was started: its supervisor, our end of its lifeline, and the deployment as a value."""
+
+    supervisor: subprocess.Popen[bytes]
+    lifeline: IO[bytes]
+    deployment: Deployment
+    folder: Path
+    exit_timeout_s: int
+
+    def detach(self) -> None:
+        """Lets the deployment live on without this process."""
+        with suppress(BrokenPipeError):
+            self.lifeline.write(b"detach\n")
+            self.lifeline.close()
+        _lifelines.discard(self.lifeline)
+
+    def stop(self) -> None:
+        """Closes the lifeline and waits until everything is gone. Impatience (Ctrl-C) or a deadline kills it."""
+        with suppress(BrokenPipeError):
+            self.lifeline.close()
+        _lifelines.discard(self.lifeline)
+        try:
+            self.supervisor.wait(self.exit_timeout_s + STOP_MARGIN_S + 10)
+        except BaseException as error:
+            self.supervisor.kill()  # takes the server with it
+            self.supervisor.wait()
+            processes.kill_members(self.deployment.token)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+
+
+_lifelines: set[IO[bytes]] = set()
+
+
+def _let_go_of_lifelines() -> None:
+    """A fork of this process must not keep its servers alive. The descriptors stay valid, but lead nowhere."""
+    if _lifelines:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for lifeline in _lifelines:
+            os.dup2(nowhere, lifeline.fileno(), inheritable=False)
+        os.close(nowhere)
+
+
+os.register_at_fork(after_in_child=_let_go_of_lifelines)
+
+
+class _PortTakenError(Exception):
+    """Another process took a port between the choice and the server's bind."""
+
+
+def start(spec: ServerSpec, *, wait: bool, on_progress: Progress | None) -> Launch:
+    """Starts a server; it dies with this process until it is detached. Errors as `trtkit.deploy.local.up`."""
+    repository = Path(spec.repository).expanduser().resolve()
+    models = readiness.models_of(repository)
+    folder = state.make_folder(spec.name)
+    log = Path(spec.log_path).expanduser().absolute() if spec.log_path else folder / "server.log"
+    spec = replace(spec, repository=repository, log_path=log)
+    lock = state.acquire(folder, patience_s=1.0)
+    if lock is None:
+        raise _already_running(folder, spec.name)
+    try:
+        if (old := state.read(folder)) is not None and old["phase"] not in state.ENDED:
+            if old["target"] != "local":
+                raise _already_running(folder, spec.name)
+            clear_crashed(folder, old)
+        server = prepared(find_server(spec.tritonserver), private=spec.private_backends)
+        for _ in range(PORT_ATTEMPTS if 0 in spec.ports else 1):
+            _fresh_log(log)
+            with suppress(_PortTakenError):
+                return _attempt(spec, server, models, folder, lock, wait, on_progress)
+            if on_progress:
+                on_progress("another process took a port meanwhile, trying again")
+        raise failure(spec.name, log, "another process took a port of the server", "run again, or choose other ports")
+    finally:
+        os.close(lock)  # from here on the supervisor alone holds it, if there is one
+
+
+def command_of(spec: ServerSpec, server: Server, chosen: Sequence[int], token: str) -> list[str]:
+    """The command line of the server."""
+    return [
+        str(server.binary),
+        *server_arguments(
+            str(spec.repository),
+            host=spec.host,
+            http_port=chosen[0],
+            grpc_port=chosen[1],
+            metrics_port=chosen[2],
+            exit_timeout_s=spec.exit_timeout_s,
+            shm_prefix=_shm_prefix(token),
+            backend_directory=str(server.backends) if server.backends else None,
+            cache_directory=str(server.caches) if server.caches else None,
+            log_verbose=spec.log_verbose,
+        ),
+    ]
+
+
+def owns_ports(deployment: Deployment) -> bool:
+    """Whether this deployment's own server listens on all of its ports, and not some other process."""
+    if deployment.pid is None:
+        return False
+    wanted = {deployment.http_port, deployment.grpc_port, deployment.metrics_port}
+    return wanted <= processes.listening_ports(deployment.pid)
+
+
+def failure(name: str, log: Path, what: str, fix: str = _LINT) -> CheckFailedError:
+    """The error of a start that failed, with the server's own words below."""
+    said = serverlog.reasons(serverlog.read_end(log))
+    quoted = "".join(f"\n  server: {line}" for line in said)
+    return CheckFailedError(f"deployment '{name}': {what}{quoted}", f"{fix}; the whole log is {log}")
+
+
+def _attempt(
+    spec: ServerSpec,
+    server: Server,
+    models: list[str],
+    folder: Path,
+    lock: int,
+    wait: bool,
+    on_progress: Progress | None,
+) -> Launch:
+    """One try on one choice of ports. Whatever goes wrong, Ctrl-C too, nothing is left running."""
+    chosen = ports.choose(spec.host, spec.ports)
+    token = uuid.uuid4().hex[:16]
+    record: dict[str, Any] = {
+        "name": spec.name,
+        "target": "local",
+        "phase": "starting",
+        "token": token,
+        "host": spec.host,
+        "http_port": chosen[0],
+        "grpc_port": chosen[1],
+        "metrics_port": chosen[2],
+        "repository": str(spec.repository),
+        "models": models,
+        "log_path": str(spec.log_path),
+        "argv": command_of(spec, server, chosen, token),
+        "shm_prefix": _shm_prefix(token),
+        "exit_timeout_s": spec.exit_timeout_s,
+        "started_at": time.time(),
+    }
+    state.write(folder, record)
+    launch = _start_supervisor(folder, lock, record)
+    try:
+        order = {
+            "folder": str(folder),
+            "env": environment(server, {processes.MARKER: token}, spec.pass_environment),
+            "record": record,
+        }
+        with suppress(BrokenPipeError):  # it died at once; the wait below says so
+            launch.lifeline.write(json.dumps(order).encode() + b"\n")
+            launch.lifeline.flush()
+        _await_process(launch)
+        if wait:
+            _await_ready(launch, spec, on_progress)
+    except BaseException:
+        launch.stop()
+        raise
+    return launch
+
+
+def _start_supervisor(folder: Path, lock: int, record: dict[str, Any]) -> Launch:
+    """The supervisor inherits the lock; it gets its order, and later our death, through its standard input."""
+    source = str(Path(trtkit.__file__).parents[1])
+    with Path(record["log_path"]).open("ab") as log:
+        supervisor = subprocess.Popen(
+            [sys.executable, "-s", "-m", "trtkit.deploy.supervisor"],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={"PATH": os.environ.get("PATH", os.defpath), "LANG": "C.UTF-8", "PYTHONPATH": source},
+            cwd=folder,
+            pass_fds=(lock,),
+            start_new_session=True,
+        )
+    lifeline = supervisor.stdin
+    if lifeline is None:  # cannot be: it was asked for
+        raise RuntimeError("no pipe to the supervisor")
+    _lifelines.add(lifeline)
+    return Launch(supervisor, lifeline, from_record(record), folder, record["exit_timeout_s"])
+
+
+def _await_process(launch: Launch) -> None:
+    """Waits until the supervisor has started the server."""
+    deadline = time.monotonic() + 60
+    log = Path(launch.deployment.log_path)
+    while (record := state.read(launch.folder) or {}).get("pid") is None:
+        if record.get("phase") == "failed":
+            raise LacksError(str(record["reason"]), "check --tritonserver, or reinstall: pip install 'trtkit[local]'")
+        if launch.supervisor.poll() is not None or time.monotonic() > deadline:
+            raise failure(launch.deployment.name, log, "the supervisor did not start the server", "run again")
+        time.sleep(0.01)
+    launch.deployment = from_record(record)
+
+
+def _await_ready(launch: Launch, spec: ServerSpec, on_progress: Progress | None) -> None:
+    """Waits until our own server has every model ready, it dies, or the deadline passes."""
+    deployment, log = launch.deployment, Path(launch.deployment.log_path)
+    deadline = time.monotonic() + spec.ready_timeout_s
+    told = ""
+    while True:
+        missing = ["server"]
+        if owns_ports(deployment):  # otherwise another server might answer
+            missing = readiness.not_ready(deployment.host, deployment.http_port, deployment.models)
+        record = state.read(launch.folder) or {}
+        if record.get("phase") in state.ENDED or launch.supervisor.poll() is not None:
+            if serverlog.port_taken(serverlog.read_end(log)):
+                raise _PortTakenError
+            raise failure(spec.name, log, record.get("reason") or "the server died while it started")
+        if not missing:
+            return
+        now = _waiting_for(log, missing, deployment.models)
+        if time.monotonic() >= deadline:
+            late = f"not ready after {spec.ready_timeout_s:g} s, still {now}"
+            raise failure(spec.name, log, late, f"raise deploy.ready_timeout_s, or {_LINT}")
+        if on_progress and now != told:
+            told = now
+            on_progress(now)
+        time.sleep(0.1)
+
+
+def _waiting_for(log: Path, missing: list[str], models: Sequence[str]) -> str:
+    """What the server is at, in a few words, from its log."""
+    loading = serverlog.loading(serverlog.read_end(log))
+    pending = [model for model in loading.begun if model not in loading.done]
+    if pending:
+        return f"loading {', '.join(pending)} ({len(loading.done)} of {len(models)} models done)"
+    if missing != ["server"]:
+        return f"waiting for {', '.join(missing)}"
+    return "opening the ports" if loading.done else "starting the server"
+
+
+def _shm_prefix(token: str) -> str:
+    return f"trtkit_{token}_"
+
+
+def _fresh_log(log: Path) -> None:
+    """An empty log that only its owner reads; the last one is kept beside it."""
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        if log.exists() and log.stat().st_size:
+            log.replace(log.with_name(log.name + ".previous"))
+        os.close(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+    except OSError as error:
+        raise LacksError(f"cannot write the log {log}: {error.strerror}", "choose another folder") from error
+
+
+def _already_running(folder: Path, name: str) -> InputError:
+    record = state.read(folder)
+    where = ""
+    if record is not None and record["phase"] in ("starting", "running"):
+        deployment = from_record(record)
+        where = f": HTTP {deployment.http_url}, gRPC {deployment.grpc_url}, metrics {deployment.metrics_url}"
+    return InputError(
+        f"deployment '{name}' is already running{where}",
+        f"use it, stop it with `trtkit deploy down {name}`, or choose another --name",
+    )
