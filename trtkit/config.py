@@ -30,6 +30,10 @@ Port = Annotated[int, Field(ge=0, le=65535, description="TCP port; 0 takes a fre
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
+_GPU = r"(\d+|(GPU|MIG)-[A-Za-z0-9-]+)"
+_GPUS = rf"^(all|{_GPU}(,{_GPU})*)$"
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
@@ -135,12 +139,17 @@ class DeployConfig(_Strict):
     ready_timeout_s: Annotated[float, Field(gt=0, le=86400)] = 300.0
     exit_timeout_s: Annotated[int, Field(ge=1, le=3600)] = 10
     """How long running requests may finish after a stop."""
-    gpus: str = "all"
-    """`all`, or GPU ids such as `0,1`. Docker only."""
+    gpus: Annotated[str, Field(pattern=_GPUS)] = "all"
+    """`all`, or GPU ids such as `0,1` (numbers or UUIDs). Docker only."""
     shm_size: Annotated[str, Field(pattern=r"^[1-9][0-9]*[mg]$")] = "2g"
     """Shared memory of the container: the python backend and NCCL live in it."""
     image: str | None = None
     """A container image to use instead of the release's."""
+
+    @property
+    def gpu_ids(self) -> list[str] | None:
+        """The GPUs by id; None for all of them."""
+        return None if self.gpus == "all" else self.gpus.split(",")
 
 
 class ValidationConfig(_Strict):

@@ -145,13 +145,13 @@ class Reader:
         rest = entry.shape[1:]
         row_bytes = math.prod(rest) * entry.dtype.itemsize
         out = np.empty((stop - start, *rest), dtype=entry.dtype)
-        self._fill(entry, entry.start + start * row_bytes, memoryview(out.reshape(-1).view(np.uint8)))
+        self._fill(entry, entry.start + start * row_bytes, out.reshape(-1).view(np.uint8).data)
         return out
 
     def elements(self, entry: TensorEntry, start: int, count: int) -> npt.NDArray[Any]:
         """`count` elements from flat index `start`, shape `(count,)`."""
         out = np.empty(count, dtype=entry.dtype)
-        self._fill(entry, entry.start + start * entry.dtype.itemsize, memoryview(out.view(np.uint8)))
+        self._fill(entry, entry.start + start * entry.dtype.itemsize, out.view(np.uint8).data)
         return out
 
     def tensor(self, entry: TensorEntry) -> npt.NDArray[Any]:

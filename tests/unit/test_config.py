@@ -243,3 +243,17 @@ def test_the_schema_describes_every_key() -> None:
     for part in [schema, *schema["$defs"].values()]:
         assert part["additionalProperties"] is False
         assert part["description"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "ids"), [("all", None), ("0", ["0"]), ("0,2", ["0", "2"]), ("GPU-1a,MIG-b", ["GPU-1a", "MIG-b"])]
+)
+def test_gpus_by_id(gpus: str, ids: list[str] | None) -> None:
+    text = f"name: x\nmodel: {{source: a}}\ndeploy: {{gpus: '{gpus}'}}\n"
+    assert parse_config(text).deploy.gpu_ids == ids
+
+
+@pytest.mark.parametrize("gpus", ["", "0;rm", "0,", "device=0", "all,0"])
+def test_gpus_that_docker_would_misread(gpus: str) -> None:
+    with pytest.raises(InputError, match=r"deploy\.gpus"):
+        parse_config(f"name: x\nmodel: {{source: a}}\ndeploy: {{gpus: '{gpus}'}}\n")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 import shlex
 from collections.abc import Sequence
@@ -15,6 +13,7 @@ from trtkit import releases
 from trtkit.deploy import state
 from trtkit.deploy.command import mpi_command, server_arguments
 from trtkit.deploy.supervisor import STOP_MARGIN_S
+from trtkit.docker_cli import ULIMITS, Mount, gpus_option
 from trtkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,16 +23,7 @@ INSIDE = (8000, 8001, 8002)
 """HTTP, gRPC and metrics ports inside the container, and outside where the config says 0."""
 
 LABEL = "trtkit.deployment"
-_GPU = r"(\d+|(GPU|MIG)-[0-9A-Za-z-/]+)"
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-
-
-@dataclass(frozen=True)
-class Mount:
-    """A folder of this machine, read-only at a path inside the container."""
-
-    source: Path
-    target: str
 
 
 @dataclass(frozen=True)
@@ -75,12 +65,11 @@ class DockerRun:
         argv = ["docker", "run", "--detach" if detach else "--rm", "--init", "--name", self.container]
         argv += ["--label", f"{LABEL}={self.name}", "--stop-timeout", str(self.stop_timeout_s)]
         argv += ["--gpus", self.gpus, "--shm-size", self.shm_size]
-        # Locked memory for pinned buffers, and a large stack: NVIDIA's advice for its containers.
-        argv += ["--ulimit", "memlock=-1", "--ulimit", "stack=67108864"]
+        argv += ULIMITS
         for outside, inside in zip(self.ports, INSIDE, strict=True):
             argv += ["--publish", f"{address}:{outside}:{inside}"]
         for mount in self.mounts:
-            argv += ["--mount", _csv(["type=bind", f"source={mount.source}", f"target={mount.target}", "readonly"])]
+            argv += ["--mount", mount.option()]
         for variable in self.pass_environment:
             argv += ["--env", variable]
         if self.user is not None:
@@ -159,7 +148,7 @@ def render(
         host=deploy.host,
         ports=ports or (defaults[0], defaults[1], defaults[2]),
         mounts=tuple(mounts),
-        gpus=_gpus(deploy.gpus, world_size),
+        gpus=gpus_option(_enough_gpus(deploy.gpu_ids, world_size)),
         shm_size=deploy.shm_size,
         command=tuple(mpi_command("tritonserver", arguments, world_size=world_size, shm_prefix=f"{chosen}_")),
         pass_environment=tuple(pass_environment),
@@ -168,23 +157,10 @@ def render(
     )
 
 
-def _gpus(gpus: str, world_size: int) -> str:
-    """Value of `--gpus`. Docker reads it as CSV, so a list of devices stands in quotes, which belong to the value."""
-    if gpus == "all":
-        return "all"
-    if re.fullmatch(rf"{_GPU}(,{_GPU})*", gpus) is None:
-        raise InputError(f"deploy.gpus '{gpus}' is neither `all` nor a list of GPU ids", "write for example 0,1")
-    count = len(set(gpus.split(",")))
-    if count < world_size:
+def _enough_gpus(ids: Sequence[str] | None, world_size: int) -> Sequence[str] | None:
+    if ids is not None and len(set(ids)) < world_size:
         raise InputError(
-            f"deploy.gpus '{gpus}' names {count} GPUs, and tp times pp needs {world_size}",
+            f"deploy.gpus '{','.join(ids)}' names {len(set(ids))} GPUs, and tp times pp needs {world_size}",
             "name one per rank, or `all`",
         )
-    return f'"device={gpus}"' if "," in gpus else f"device={gpus}"
-
-
-def _csv(fields: list[str]) -> str:
-    """One CSV record, as `--mount` wants it; this keeps commas in paths in one field."""
-    line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow(fields)
-    return line.getvalue()
+    return ids

@@ -10,8 +10,6 @@ client (28.2) was given the docker line once, and the request that it made of it
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import re
@@ -19,7 +17,7 @@ import secrets
 import shlex
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,6 +25,7 @@ from typing import Literal
 from trtkit import __version__, releases
 from trtkit.checkpoint import Checkpoint, open_checkpoint
 from trtkit.config import BuildConfig, EngineConfig
+from trtkit.docker_cli import ULIMITS, Mount, gpus_option
 from trtkit.engine.failures import diagnose
 from trtkit.engine.options import refuse_inert_reduce_fusion, trtllm_build_args
 from trtkit.engine.process import follow
@@ -40,20 +39,6 @@ MANIFEST = "trtkit-engine.json"
 
 IN_CONTAINER = {"checkpoint": "/checkpoint", "engine": "/engine"}
 _BANNER = re.compile(r"TensorRT[- ]LLM version: (\d\S*)")
-
-
-@dataclass(frozen=True)
-class Mount:
-    """A folder of this machine inside the container."""
-
-    source: Path
-    target: str
-    read_only: bool
-
-    def option(self) -> str:
-        """Value of docker's `--mount`, which is one CSV line (so that commas and colons in paths are safe)."""
-        fields = ["type=bind", f"source={self.source}", f"target={self.target}"] + ["readonly"] * self.read_only
-        return _csv(fields)
 
 
 @dataclass(frozen=True)
@@ -115,9 +100,9 @@ class BuildCommand:
     def argv_into(self, output: Path, container: str) -> list[str]:
         if self.image is None:
             return [PROGRAM, *self._arguments(str(self.checkpoint_dir), str(output))]
-        # --init reaps the workers. NVIDIA asks for the two ulimits in its container documentation.
-        options = ["--rm", "--init", "--name", container, "--gpus", _gpus_option(self.gpus)]
-        options += ["--shm-size", self.shm_size, "--ulimit", "memlock=-1", "--ulimit", "stack=67108864"]
+        # --init reaps the workers.
+        options = ["--rm", "--init", "--name", container, "--gpus", self.gpus]
+        options += ["--shm-size", self.shm_size, *ULIMITS]
         if self.user:
             options += ["--user", self.user]
         for key, value in self.env.items():
@@ -162,7 +147,7 @@ def plan_build(
     release = releases.get(config.deploy.release)
     docker = config.engine.builder == "docker"
     if docker:
-        _check_gpus(config.deploy.gpus, config.engine.workers)
+        _check_gpus(config.deploy.gpu_ids, config.engine.workers)
     uid = user if user is not None else "" if os.getuid() == 0 else f"{os.getuid()}:{os.getgid()}"
     # Python buffers what it prints into a pipe, so a build would look stuck. PyTorch looks up the user's name and
     # writes below HOME, and a bare uid has neither in the image.
@@ -179,7 +164,7 @@ def plan_build(
         architecture=architecture,
         env=env,
         image=(config.deploy.image or release.image) if docker else None,
-        gpus=config.deploy.gpus,
+        gpus=gpus_option(config.deploy.gpu_ids),
         shm_size=config.deploy.shm_size,
         user=uid if docker else "",
         container=f"trtkit-build-{config.name}",
@@ -303,25 +288,9 @@ def _check_disk(folder: Path, needed: int) -> None:
         )
 
 
-def _check_gpus(gpus: str, workers: int) -> None:
-    if gpus == "all":
-        return
-    ids = gpus.split(",")
-    if not all(re.fullmatch(r"\d+|(GPU|MIG)-[A-Za-z0-9-]+", gpu) for gpu in ids):
-        raise InputError(f"deploy.gpus: '{gpus}' is neither `all` nor a list of GPU ids", "write for example `0,1`")
-    if len(ids) < workers:
+def _check_gpus(ids: Sequence[str] | None, workers: int) -> None:
+    if ids is not None and len(ids) < workers:
         raise InputError(
             f"engine.workers ({workers}) compile on a GPU each, and deploy.gpus names {len(ids)}",
             "lower engine.workers or name more GPUs",
         )
-
-
-def _gpus_option(gpus: str) -> str:
-    """Value of docker's `--gpus`: it is CSV too, so a list of ids is one field that needs its own quotes."""
-    return "all" if gpus == "all" else _csv([f"device={gpus}"])
-
-
-def _csv(fields: list[str]) -> str:
-    line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow(fields)
-    return line.getvalue()

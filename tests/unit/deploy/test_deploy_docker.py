@@ -79,8 +79,6 @@ def test_a_rank_per_gpu(models: Path) -> None:
     ("options", "deploy", "said"),
     [
         ({}, {"serving": {"runtime": "reference"}}, "the reference runtime needs trtkit"),
-        ({}, {"gpus": "0;rm"}, "neither `all` nor a list"),
-        ({}, {"gpus": ""}, "neither `all` nor a list"),
         ({}, {"release": "99.01"}, "no release '99.01'"),
         ({"name": "../x"}, {}, "not a deployment name"),
         ({"pass_environment": ["HF_TOKEN=abc"]}, {}, "not the name of a variable"),
