@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,6 @@ from trtkit.errors import CheckFailedError, InputError, LacksError
 SHM = Path("/dev/shm")  # noqa: S108 - where the python backend keeps its regions
 pytestmark = [
     pytest.mark.server,
-    pytest.mark.skipif(find_spec("pytriton") is None, reason="needs the embedded server: pip install 'trtkit[local]'"),
 ]
 
 CONFIG = """name: "{name}"

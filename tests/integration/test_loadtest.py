@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from trtkit.loadtest.runner import run_blocking
 pytestmark = [
     pytest.mark.server,
     pytest.mark.xdist_group("loadtest_server"),
-    pytest.mark.skipif(find_spec("pytriton") is None, reason="needs the embedded server: pip install 'trtkit[local]'"),
 ]
 
 FIRST_MS, GAP_MS = 60, 15

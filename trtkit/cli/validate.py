@@ -1,0 +1,162 @@
+"""`trtkit validate`: check a served model against its contract and its source.
+
+Example:
+  trtkit validate build_configs/tiny-llama.yaml
+  trtkit validate --url grpc://127.0.0.1:8001 --source ./Llama-3.1-8B
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from trtkit.cli._common import json_option, note, print_findings, print_json, print_table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from trtkit.config import BuildConfig
+    from trtkit.validate.results import CheckResult, Subject
+
+_names = click.Choice(["contract", "parity", "text", "streaming", "cancellation", "bad_requests"])
+
+
+@click.command("validate")
+@click.argument("config_file", metavar="[CONFIG]", required=False, type=click.Path(path_type=Path))
+@click.option("--url", "urls", multiple=True, help="grpc://HOST:PORT or http://HOST:PORT; give both to check both.")
+@click.option("--protocol", type=click.Choice(["grpc", "http"]), help="For a --url that is only HOST:PORT.")
+@click.option("--model", default="ensemble", show_default=True, help="Model that takes and returns text.")
+@click.option("--engine", default="tensorrt_llm", show_default=True, help="Model that takes and returns tokens.")
+@click.option(
+    "--source",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Hugging Face checkpoint to compare with; by default model.source of CONFIG.",
+)
+@click.option("--prompt", "prompts", multiple=True, help="Instead of validation.prompts. Repeat for more.")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Instead of validation.max_tokens.")
+@click.option("--only", multiple=True, type=_names, help="Run this check. Repeat for more.")
+@click.option("--skip", multiple=True, type=_names, help="Leave this check out. Repeat for more.")
+@click.option("--timeout", "timeout_s", default=60.0, show_default=True, help="Seconds that each request may take.")
+@json_option
+def command(
+    config_file: Path | None,
+    urls: tuple[str, ...],
+    protocol: str | None,
+    model: str,
+    engine: str,
+    source: Path | None,
+    prompts: tuple[str, ...],
+    max_tokens: int | None,
+    only: tuple[str, ...],
+    skip: tuple[str, ...],
+    timeout_s: float,
+    as_json: bool,
+) -> None:
+    """Check a served model against its contract and its source.
+
+    With CONFIG, the running deployment of that name is checked; --url checks any server.
+
+    \b
+    Checks:
+      contract      models, tensors, dtypes and shapes are what clients count on; streaming is as configured
+      parity        greedy tokens equal those of the source, by transformers in float32 (needs the `torch` extra)
+      text          answers equal the source tokenizer's decoding of those tokens
+      streaming     streamed answers equal whole ones, over gRPC and HTTP
+      cancellation  the engine model stops working when its client goes away
+      bad_requests  nonsense is refused soon, and the server lives on
+
+    \b
+    Example:
+      trtkit validate build_configs/tiny-llama.yaml
+      trtkit validate --url grpc://127.0.0.1:8001 --url http://127.0.0.1:8000 --source ./Llama-3.1-8B
+      trtkit validate build_configs/tiny-llama.yaml --skip parity --skip text --json
+    """
+    import asyncio
+
+    from trtkit.config import load_config
+    from trtkit.errors import CheckFailedError, InputError
+    from trtkit.hf import open_source
+    from trtkit.validate.run import choose, run_checks
+
+    if config_file is None and not urls:
+        raise InputError("nothing to check", "give a build config, or --url URL")
+    config = load_config(config_file) if config_file else None
+    if config and source is None and {"parity", "text"} & set(choose(only, skip)):
+        # A hub id too: the build has left it in the local cache.
+        source = open_source(config.model.source, revision=config.model.revision).path
+    options = {"model": model, "engine": engine, "timeout_s": timeout_s}
+    subject = _subject(config, source, options, prompts, max_tokens)
+    reached = list(urls) or _deployed(config.name if config else "")
+    results = asyncio.run(
+        run_checks(
+            reached,
+            subject,
+            protocol=protocol,  # type: ignore[arg-type]  # click.Choice has checked it
+            only=only,
+            skip=skip,
+            on_progress=lambda name: note(f"checking {name} ..."),
+        )
+    )
+    failed = [result.name for result in results if not result.passed]
+    if as_json:
+        print_json({"urls": reached, "passed": not failed, "checks": [result.to_dict() for result in results]})
+    else:
+        _print(results)
+    if failed:
+        raise CheckFailedError(
+            f"{len(failed)} of {len(results)} checks failed: {', '.join(failed)}", "see each finding's fix"
+        )
+
+
+def _subject(
+    config: BuildConfig | None,
+    source: Path | None,
+    options: dict[str, Any],
+    prompts: Sequence[str],
+    max_tokens: int | None,
+) -> Subject:
+    from dataclasses import replace
+
+    from trtkit.validate.results import Subject
+    from trtkit.validate.run import checkpoint_dtype, subject_of
+    from trtkit.validate.source import position_limit
+
+    if config is not None:
+        subject = subject_of(config, source=source, **options)
+    else:
+        limit = position_limit(source) if source else None
+        subject = Subject(source=source, dtype=checkpoint_dtype("auto", source), max_seq_len=limit, **options)
+    changes: dict[str, Any] = {}
+    if prompts:
+        changes["prompts"] = prompts
+    if max_tokens is not None:
+        changes["max_tokens"] = max_tokens
+    return replace(subject, **changes)
+
+
+def _deployed(name: str) -> list[str]:
+    """Both urls of a running deployment."""
+    from trtkit.deploy import state
+    from trtkit.deploy.deployment import from_record
+    from trtkit.errors import LacksError
+
+    record = state.read(state.folder_of(name))
+    if record is None or not from_record(record).running:
+        raise LacksError(
+            f"no deployment '{name}' is running", "start it with `trtkit deploy up`, or name a server with --url"
+        )
+    deployment = from_record(record)
+    return [f"grpc://{deployment.grpc_url}", deployment.http_url]
+
+
+def _print(results: Sequence[CheckResult]) -> None:
+    from rich.text import Text
+
+    colours = {"passed": "green", "failed": "red", "skipped": "yellow"}
+    rows = [(result.name, Text(result.outcome, style=colours[result.outcome]), result.detail) for result in results]
+    print_table(("check", "result", "detail"), rows)
+    findings = [finding for result in results for finding in result.findings]
+    if findings:
+        print_findings(findings, "")

@@ -1,0 +1,287 @@
+"""The client over HTTP: Triton's generate extension (JSON, and server-sent events for streams), with aiohttp.
+
+`generate` takes a flat JSON object, one key per input; lists keep their length as the last dimension and one value
+stands bare. It answers 200 with an error in the body when a decoupled model sends other than one response, and an error
+after the first event of a stream is an event like any other: so every body is looked at, whatever the status.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from trtkit.client import api, tensors
+from trtkit.client.api import Chunk, Completion, GenerateRequest, ProtocolName
+from trtkit.client.sse import EventParser
+from trtkit.errors import InputError, TrtkitError
+
+if TYPE_CHECKING:
+    import aiohttp
+    import numpy as np
+    import numpy.typing as npt
+
+
+class HttpClient:
+    """`LLMClient` over HTTP. Made by `connect`."""
+
+    protocol: ProtocolName = "http"
+
+    def __init__(self, url: str, *, model: str = api.ENSEMBLE) -> None:
+        self.url = url
+        self.model = model
+        self._session: aiohttp.ClientSession | None = None
+        self._decoupled: dict[str, bool] = {}
+
+    async def generate(self, request: GenerateRequest, *, timeout_s: float = 120.0) -> Completion:
+        request_id = api.new_request_id(request.request_id)
+        body = _flat(tensors.ensemble_inputs(request, stream=False), request_id)
+        answer = await self._post(_path(self.model, "generate"), body, timeout_s, self.model)
+        return Completion(_text(answer), request_id)
+
+    async def stream(self, request: GenerateRequest, *, timeout_s: float = 120.0) -> AsyncGenerator[Chunk, None]:
+        if not await self._is_decoupled(self.model, timeout_s):
+            raise api.not_decoupled(self.model)
+        body = _flat(tensors.ensemble_inputs(request, stream=True), api.new_request_id(request.request_id))
+        events = self._events(self.model, body, timeout_s)
+        try:
+            async for received_ns, answer in events:
+                yield Chunk(text=_text(answer), received_ns=received_ns)
+        finally:
+            await events.aclose()
+
+    async def generate_tokens(
+        self,
+        input_ids: Sequence[int],
+        max_tokens: int,
+        *,
+        end_id: int | None = None,
+        top_k: int | None = 1,
+        model: str = api.ENGINE,
+        timeout_s: float = 120.0,
+    ) -> list[int]:
+        inputs = tensors.engine_inputs(input_ids, max_tokens, end_id=end_id, top_k=top_k, stream=False)
+        answer = await self._post(_path(model, "generate"), _flat(inputs, api.new_request_id()), timeout_s, model)
+        return _tokens(answer, input_ids, max_tokens)
+
+    async def stream_tokens(
+        self,
+        input_ids: Sequence[int],
+        max_tokens: int,
+        *,
+        end_id: int | None = None,
+        top_k: int | None = 1,
+        model: str = api.ENGINE,
+        timeout_s: float = 120.0,
+    ) -> AsyncGenerator[list[int], None]:
+        if not await self._is_decoupled(model, timeout_s):
+            raise api.not_decoupled(model)
+        inputs = tensors.engine_inputs(input_ids, max_tokens, end_id=end_id, top_k=top_k, stream=True)
+        events = self._events(model, _flat(inputs, api.new_request_id()), timeout_s)
+        try:
+            async for _, answer in events:
+                yield _tokens(answer, input_ids, max_tokens)
+        finally:
+            await events.aclose()
+
+    async def infer(
+        self, model: str, inputs: Sequence[tensors.Tensor], *, request_id: str = "", timeout_s: float = 120.0
+    ) -> list[dict[str, npt.NDArray[np.generic]]]:
+        """Over HTTP only `infer` of models that are not decoupled tells shapes; the arrays of the others are flat."""
+        if await self._is_decoupled(model, timeout_s):
+            described = (await self.metadata(model, timeout_s=timeout_s))["outputs"]
+            types = {output["name"]: output["datatype"] for output in described}
+            events = self._events(model, _flat(inputs, api.new_request_id(request_id)), timeout_s)
+            answers = [answer async for _, answer in events]
+            return [
+                {name: tensors.to_array(types[name], value) for name, value in answer.items() if name in types}
+                for answer in answers
+            ]
+        body = {"id": api.new_request_id(request_id), "inputs": [_described(tensor) for tensor in inputs]}
+        answer = await self._post(_path(model, "infer"), body, timeout_s, model)
+        return [
+            {
+                output["name"]: tensors.to_array(output["datatype"], output["data"], output["shape"])
+                for output in answer.get("outputs", [])
+            }
+        ]
+
+    async def is_live(self, *, timeout_s: float = 10.0) -> bool:
+        return await self._answers("v2/health/live", timeout_s)
+
+    async def is_ready(self, model: str | None = None, *, timeout_s: float = 10.0) -> bool:
+        return await self._answers("v2/health/ready" if model is None else _path(model, "ready"), timeout_s)
+
+    async def models(self, *, timeout_s: float = 10.0) -> dict[str, str]:
+        index = await self._post("v2/repository/index", {}, timeout_s)
+        return {model["name"]: model.get("state", "") for model in index}
+
+    async def metadata(self, model: str | None = None, *, timeout_s: float = 10.0) -> dict[str, Any]:
+        name = model or self.model
+        found: dict[str, Any] = await self._get(_path(name), timeout_s, name)
+        return found
+
+    async def model_config(self, model: str | None = None, *, timeout_s: float = 10.0) -> dict[str, Any]:
+        name = model or self.model
+        found: dict[str, Any] = await self._get(_path(name, "config"), timeout_s, name)
+        return found
+
+    async def statistics(self, model: str | None = None, *, timeout_s: float = 10.0) -> dict[str, Any]:
+        name = model or self.model
+        answer = await self._get(_path(name, "stats"), timeout_s, name)
+        statistics: dict[str, Any] = answer["model_stats"][0]
+        return statistics
+
+    async def close(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    async def __aenter__(self) -> HttpClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def _connected(self) -> aiohttp.ClientSession:
+        """The session; made on first use, since it belongs to the running event loop."""
+        if self._session is None:
+            import aiohttp
+
+            connector = aiohttp.TCPConnector(limit=0)  # the default of 100 would queue requests inside the client
+            self._session = aiohttp.ClientSession(connector=connector, raise_for_status=False)
+        return self._session
+
+    async def _is_decoupled(self, model: str, timeout_s: float) -> bool:
+        if model not in self._decoupled:
+            config = await self.model_config(model, timeout_s=timeout_s)
+            self._decoupled[model] = bool(config.get("model_transaction_policy", {}).get("decoupled", False))
+        return self._decoupled[model]
+
+    async def _answers(self, path: str, timeout_s: float) -> bool:
+        try:
+            async with self._response("GET", path, None, timeout_s, "") as response:
+                return response.status == 200
+        except TrtkitError:
+            return False
+
+    async def _get(self, path: str, timeout_s: float, model: str = "") -> Any:
+        async with self._response("GET", path, None, timeout_s, model) as response:
+            return _checked(response.status, await response.read(), model)
+
+    async def _post(self, path: str, body: dict[str, Any], timeout_s: float, model: str = "") -> Any:
+        async with self._response("POST", path, body, timeout_s, model) as response:
+            return _checked(response.status, await response.read(), model)
+
+    async def _events(
+        self, model: str, body: dict[str, Any], timeout_s: float
+    ) -> AsyncGenerator[tuple[int, Any], None]:
+        """Every event of a stream: when its bytes arrived, and its JSON.
+
+        Closing it early closes the socket, which cancels the request on the server.
+        """
+        async with self._response("POST", _path(model, "generate_stream"), body, timeout_s, model) as response:
+            if response.status != 200:
+                _checked(response.status, await response.read(), model)
+            parser = EventParser()
+            async for piece in response.content.iter_any():
+                received_ns = time.perf_counter_ns()
+                for event in parser.feed(piece):
+                    yield received_ns, _checked(response.status, event, model)
+
+    @asynccontextmanager
+    async def _response(
+        self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float, model: str
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """A response; its connection is kept only when it was read to its end. aiohttp's errors become trtkit's."""
+        import aiohttp
+
+        url = f"{self.url}/{path}"
+        limit = aiohttp.ClientTimeout(total=timeout_s)
+        data = None if body is None else _dumps(body)
+        try:
+            # Leaving the block releases the connection if the body is finished, and closes it if not.
+            async with self._connected().request(method, url, data=data, timeout=limit) as response:
+                yield response
+        except asyncio.TimeoutError:
+            raise api.RequestTimeoutError(self.url, model, timeout_s) from None
+        except aiohttp.ClientPayloadError as error:
+            raise api.ServerError(f"the connection broke inside the answer: {error}", model=model) from None
+        except (aiohttp.ClientConnectionError, ConnectionError) as error:
+            raise api.unreachable(self.url, str(error) or type(error).__name__) from None
+        except aiohttp.ClientError as error:  # not HTTP, or an unusable url
+            raise api.ServerError(str(error) or type(error).__name__, model=model) from None
+
+
+def _path(model: str, verb: str = "") -> str:
+    return f"v2/models/{quote(model, safe='')}" + (f"/{verb}" if verb else "")
+
+
+def _flat(inputs: Sequence[tensors.Tensor], request_id: str) -> dict[str, Any]:
+    """The body of generate: a bare value for shape [1, 1], a list for more, nothing of the batch dimension."""
+    body: dict[str, Any] = {"id": request_id}
+    for tensor in inputs:
+        if tensor.datatype != "BYTES":
+            tensor.to_bytes()  # checks its range: the server would cut a JSON number to the dtype's bits, silently
+        body[tensor.name] = tensor.data[0] if tensor.shape in ((1, 1), (1,)) else list(tensor.data)
+    return body
+
+
+def _described(tensor: tensors.Tensor) -> dict[str, Any]:
+    return {
+        "name": tensor.name,
+        "datatype": tensor.datatype,
+        "shape": list(tensor.shape),
+        "data": list(tensor.data),
+    }
+
+
+def _dumps(body: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the request is not text: {error}", "send valid Unicode") from None
+
+
+def _checked(status: int, body: bytes | str, model: str) -> Any:
+    """The JSON of a body.
+
+    Raises:
+        ServerError: a status other than 200, an `error` in the body, or a body that is not JSON.
+    """
+    if not body and status == 200:
+        return {}
+    try:
+        answer = json.loads(body)
+    except ValueError:
+        shown = body if isinstance(body, str) else body.decode(errors="replace")
+        message = shown[:500].strip() or "no message"
+        message = f"not JSON: {message}" if status == 200 else message
+        raise api.ServerError(message, status=str(status), model=model) from None
+    if status == 200 and not (isinstance(answer, dict) and "error" in answer):
+        return answer
+    message = str(answer.get("error", answer)) if isinstance(answer, dict) else str(answer)
+    raise api.ServerError(message, status=str(status), model=model)
+
+
+def _text(answer: dict[str, Any]) -> str:
+    """The text in a response: the first beam's."""
+    value = answer.get("text_output", "")
+    if isinstance(value, list):
+        value = value[0] if value else ""
+    return str(value)
+
+
+def _tokens(answer: dict[str, Any], input_ids: Sequence[int], max_tokens: int) -> list[int]:
+    """The first beam's tokens. JSON carries no shape, but the first beam comes first and its length is told."""
+    found = answer.get("output_ids", [])
+    beam = found if isinstance(found, list) else [found]
+    length = answer.get("sequence_length", len(beam))
+    return tensors.new_tokens(beam, length[0] if isinstance(length, list) else length, input_ids, max_tokens)

@@ -1,0 +1,98 @@
+"""Is a streamed answer the same as one that comes at once, over every protocol?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import aclosing
+from typing import NamedTuple
+
+from trtkit.client.api import LLMClient
+from trtkit.findings import Finding
+from trtkit.validate.results import CheckResult, Subject, plural, result, short, skipped
+
+NAME = "streaming"
+
+MULTI_BYTE_PROMPTS = ("# Grüße aus Köln, café №5: ", "説明「こんにちは世界」", "emoji 🎉🚀👩‍👩‍👧 ")
+"""Sent besides the subject's: characters of two, three and four bytes, which tokenizers cut anywhere."""
+
+REPLACEMENT = "\ufffd"
+
+
+class _Answer(NamedTuple):
+    protocol: str
+    prompt: str
+    whole: str
+    pieces: list[str]
+
+
+async def check(subject: Subject, clients: Sequence[LLMClient]) -> CheckResult:
+    """Sends every prompt greedily with and without streaming, over every client, and compares the texts."""
+    if subject.streaming is False or not await is_decoupled(clients[0], subject.model):
+        return skipped(NAME, f"model '{subject.model}' does not stream (it is not decoupled)")
+    answers = []
+    for prompt in dict.fromkeys([*subject.prompts, *MULTI_BYTE_PROMPTS]):
+        for client in clients:
+            whole = await client.generate(subject.request(prompt), timeout_s=subject.timeout_s)
+            stream = client.stream(subject.request(prompt), timeout_s=subject.timeout_s)
+            async with aclosing(stream) as chunks:
+                pieces = [chunk.text async for chunk in chunks]
+            answers.append(_Answer(client.protocol, prompt, whole.text, pieces))
+    findings = [finding for answer in answers for finding in _judge(answer)] + list(_across(answers))
+    prompts, counts = len({answer.prompt for answer in answers}), [len(answer.pieces) for answer in answers]
+    protocols = " and ".join(client.protocol for client in clients)
+    equal = sum("".join(answer.pieces) == answer.whole for answer in answers)
+    detail = (
+        f"{equal} of {plural(len(answers), 'stream')} equal the whole answer "
+        f"({plural(prompts, 'prompt')}, {protocols}, {min(counts)} to {max(counts)} pieces each)"
+    )
+    return result(NAME, detail, findings, streams=len(answers), equal=equal, pieces=counts)
+
+
+async def is_decoupled(client: LLMClient, model: str) -> bool:
+    config = await client.model_config(model)
+    return bool(config.get("model_transaction_policy", {}).get("decoupled", False))
+
+
+def _judge(answer: _Answer) -> Iterator[Finding]:
+    place = f"{answer.protocol} {short(answer.prompt)}"
+    streamed = "".join(answer.pieces)
+    if streamed != answer.whole:
+        at = next((i for i, (a, b) in enumerate(zip(streamed, answer.whole, strict=False)) if a != b), None)
+        at = min(len(streamed), len(answer.whole)) if at is None else at
+        cause = (
+            f"the streamed text differs from the whole answer at character {at}: "
+            f"{short(streamed[at : at + 20])} instead of {short(answer.whole[at : at + 20])}"
+        )
+        yield Finding("TK721", "error", place, cause, _why(answer, streamed))
+    # One token is never several words, so an answer of several words has come in several pieces.
+    if len(answer.pieces) < 2 and len(answer.whole.split()) > 1:
+        cause = f"{plural(len(answer.pieces), 'piece')} for {short(answer.whole)}: it does not come as it is made"
+        fix = "set serving.streaming: true, generate the repository again; see whether a proxy buffers"
+        yield Finding("TK722", "error", place, cause, fix)
+
+
+def _why(answer: _Answer, streamed: str) -> str:
+    """The likely cause of a difference."""
+    if streamed.count(REPLACEMENT) > answer.whole.count(REPLACEMENT):
+        return "characters are cut between pieces: detokenise statefully, as the generated postprocessing model does"
+    if sorted(streamed) == sorted(answer.whole):
+        return "the pieces come in the wrong order: run one instance of postprocessing"
+    if streamed.replace(" ", "") == answer.whole.replace(" ", ""):
+        return "spaces get lost between pieces: detokenise statefully, as the generated postprocessing model does"
+    if answer.pieces and answer.pieces[-1] == answer.whole:
+        return "each piece repeats the whole text so far: send only what is new (accumulate_tokens off)"
+    return "send the request again: if whole answers differ among themselves, the engine is not deterministic"
+
+
+def _across(answers: list[_Answer]) -> Iterator[Finding]:
+    """Differences between the protocols' whole answers."""
+    first: dict[str, _Answer] = {}
+    for answer in answers:
+        known = first.setdefault(answer.prompt, answer)
+        if known.whole != answer.whole:
+            cause = (
+                f"{answer.protocol} answers {short(answer.whole)}, {known.protocol} answers {short(known.whole)}, "
+                "to the same greedy request"
+            )
+            fix = "batch-dependent kernels can do this to near ties; otherwise compare what both send"
+            yield Finding("TK723", "error", short(answer.prompt), cause, fix)
