@@ -1,0 +1,145 @@
+"""Preprocessing: prompts and word lists to the tensors of the engine.
+
+In, each [batch, ...]: QUERY STRING [1], REQUEST_OUTPUT_LEN INT32 [1]; optional STOP_WORDS_DICT and BAD_WORDS_DICT
+STRING [n], END_ID and PAD_ID INT32 [1]. Out: INPUT_ID INT32 [longest], padded on the right; REQUEST_INPUT_LEN [1] the
+true lengths; STOP_WORDS_IDS and BAD_WORDS_IDS [2, n] (see encoder.word_lists); REQUEST_OUTPUT_LEN, OUT_END_ID and
+OUT_PAD_ID [1].
+
+The engine knows one end id. A model with several gets the others as stop words of one token each, unless the request
+names its own END_ID: then that one alone ends the answer (-1 for none).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from encoder import Encoder, pad, word_lists  # type: ignore[import-not-found]  # beside this file in the repository
+
+
+class BadRequestError(Exception):
+    """What a request gets wrong, in words for its sender."""
+
+
+@dataclass
+class Ask:
+    """One request, read and checked; every list has one item per batch row."""
+
+    prompts: list[str]
+    max_tokens: Any
+    stop: list[list[list[int]]]
+    bad: list[list[list[int]]]
+    end_ids: Any
+    pad_ids: Any
+
+
+class TritonPythonModel:
+    """The interface that Triton's python backend expects."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        given = json.loads(args["model_config"])["parameters"]
+        parameters = {key: value["string_value"] for key, value in given.items()}
+        tokenizer = Path(__file__).parent / parameters["tokenizer_dir"] / "tokenizer.json"
+        self.encoder = Encoder(tokenizer, add_special_tokens=parameters["add_special_tokens"].lower() in ("true", "1"))
+        end_ids = [int(part) for part in parameters["end_ids"].split(",") if part]
+        self.end_id = end_ids[0] if end_ids else -1
+        self.other_end_ids = end_ids[1:]
+        self.pad_id = int(parameters["pad_id"])
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """One response per request; a wrong request gets an error and leaves the others alone."""
+        read = [self._try_read(request) for request in requests]
+        asks = [item for item in read if isinstance(item, Ask)]
+        # All prompts of all requests in one call: the tokenizer spreads them over the cores.
+        ids = iter(self.encoder.prompts([prompt for ask in asks for prompt in ask.prompts]))
+        responses = []
+        for item in read:
+            try:
+                if isinstance(item, BadRequestError):
+                    raise item
+                responses.append(_response(item, [next(ids) for _ in item.prompts]))
+            except BadRequestError as error:
+                failure = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
+                responses.append(pb_utils.InferenceResponse(error=failure))
+        return responses
+
+    def _try_read(self, request: Any) -> Ask | BadRequestError:
+        try:
+            return self._read(request)
+        except BadRequestError as error:
+            return error
+
+    def _read(self, request: Any) -> Ask:
+        prompts = [_text(row[0], "the prompt") for row in _rows(request, "QUERY")]
+        size = len(prompts)
+        if not all(prompts):
+            raise BadRequestError("the prompt is empty")
+        max_tokens = _numbers(request, "REQUEST_OUTPUT_LEN", size, 0)
+        if max_tokens.min() < 1:
+            raise BadRequestError(f"max_tokens must be at least 1, got {max_tokens.min()}")
+        end_given = pb_utils.get_input_tensor_by_name(request, "END_ID") is not None
+        others = [] if end_given else [[number] for number in self.other_end_ids]
+        return Ask(
+            prompts,
+            max_tokens,
+            stop=[[*words, *others] for words in self._words(request, "STOP_WORDS_DICT", size)],
+            bad=self._words(request, "BAD_WORDS_DICT", size),
+            end_ids=_numbers(request, "END_ID", size, self.end_id),
+            pad_ids=_numbers(request, "PAD_ID", size, self.pad_id),
+        )
+
+    def _words(self, request: Any, name: str, size: int) -> list[list[list[int]]]:
+        """Token sequences per row. Empty words mean none: NVIDIA's documented requests send "" for "no stop words"."""
+        rows = _rows(request, name) or [[]] * size
+        if len(rows) != size:
+            raise BadRequestError(f"{name} has {len(rows)} rows for {size} prompts")
+        what = "a stop word" if name == "STOP_WORDS_DICT" else "a bad word"
+        texts = [[_text(word, what) for word in row] for row in rows]
+        return [[ids for text in row if text for ids in self.encoder.word(text)] for row in texts]
+
+
+def _response(ask: Ask, ids: list[list[int]]) -> Any:
+    if not all(ids):
+        raise BadRequestError("the prompt has no tokens")
+    pads = ask.pad_ids[:, 0].tolist()
+    tensors = {
+        "INPUT_ID": pad(ids, pads),
+        "REQUEST_INPUT_LEN": np.array([[len(row)] for row in ids], dtype=np.int32),
+        "BAD_WORDS_IDS": word_lists(ask.bad),
+        "STOP_WORDS_IDS": word_lists(ask.stop),
+        "REQUEST_OUTPUT_LEN": ask.max_tokens,
+        "OUT_END_ID": ask.end_ids,
+        "OUT_PAD_ID": ask.pad_ids,
+    }
+    return pb_utils.InferenceResponse([pb_utils.Tensor(name, value) for name, value in tensors.items()])
+
+
+def _rows(request: Any, name: str) -> list[list[bytes]]:
+    """A string tensor as a list of its batch rows; none when the request leaves it out."""
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    if tensor is None:
+        return []
+    array = tensor.as_numpy()
+    return [row.reshape(-1).tolist() for row in array]
+
+
+def _numbers(request: Any, name: str, size: int, default: int) -> Any:
+    """[size, 1] int32 of a tensor with one number per row."""
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    if tensor is None:
+        return np.full((size, 1), default, dtype=np.int32)
+    array = tensor.as_numpy()
+    if array.size != size:
+        raise BadRequestError(f"{name} has {array.size} numbers for {size} prompts")
+    return array.reshape(size, 1)
+
+
+def _text(raw: bytes, what: str) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise BadRequestError(f"{what} is not UTF-8: byte {error.start}: {error.reason}") from None

@@ -1,0 +1,560 @@
+"""A generated repository in a real Triton server: text in, the same text out, streamed or not. And the linter agrees.
+
+`STAND_IN` takes the place of the LLM: it repeats the prompt's tokens, one response per token when it streams, and
+answers a batch row by row as the C++ backend does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from trtkit.config import parse_config
+from trtkit.findings import has_errors
+from trtkit.repository import contract, pbtxt
+from trtkit.repository.generate import Files, render_repository, write_repository
+from trtkit.repository.lint import lint_repository
+
+pytest.importorskip("pytriton", reason="needs the 'local' extra")
+grpc = pytest.importorskip("tritonclient.grpc")
+pytestmark = [pytest.mark.server, pytest.mark.xdist_group("repository_server")]
+
+STAND_IN = """
+import numpy as np
+import triton_python_backend_utils as pb
+
+
+class TritonPythonModel:
+    def execute(self, requests):
+        for request in requests:
+            self.answer(request)
+
+    def answer(self, request):
+        def read(name):
+            tensor = pb.get_input_tensor_by_name(request, name)
+            return None if tensor is None else tensor.as_numpy()
+
+        ids, lengths, budget = read("input_ids"), read("input_lengths"), read("request_output_len")
+        streaming = read("streaming")
+        # Scalars come as [batch]: the server takes the 1 off.
+        assert lengths.shape == (ids.shape[0],), lengths.shape
+        assert budget.shape in ((ids.shape[0],), (ids.shape[0], 1)), budget.shape
+        assert streaming is None or streaming.shape == (ids.shape[0],), streaming.shape
+        assert read("stop_words_list").shape[:2] == (ids.shape[0], 2)
+        sender = request.get_response_sender()
+        for row in range(ids.shape[0]):
+            tokens = ids[row, 1 : lengths[row]][: budget.reshape(-1)[row]]  # without <s>
+            step = 1 if streaming is not None and streaming[row] else max(len(tokens), 1)
+            for start in range(0, len(tokens), step):
+                sender.send(self.piece(tokens[start : start + step], row))
+        sender.send(flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def piece(self, tokens, row):
+        tensors = {
+            "output_ids": tokens.reshape(1, 1, -1).astype(np.int32),
+            "sequence_length": np.array([[len(tokens)]], np.int32),
+            "cum_log_probs": np.zeros((1, 1), np.float32),
+            "output_log_probs": np.zeros((1, 1, len(tokens)), np.float32),
+            "batch_index": np.array([[row]], np.int32),
+            "sequence_index": np.array([[0]], np.int32),
+        }
+        return pb.InferenceResponse([pb.Tensor(name, value) for name, value in tensors.items()])
+"""
+TEXTS = [
+    "The quick brown fox",
+    "漢字とかな交じり文 🙂🚀",
+    "Grüße aus Köln;\n\tça va, naïve façade?  two  spaces ",
+    "Ελληνικά 🏳️‍🌈 кириллица",
+]
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """A byte-level tokenizer that spells every character beyond ASCII in bytes, one token each."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>", "<|eot|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog"] * 3, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    return folder
+
+
+def with_stand_in(files: Files, *, decoupled: bool = True) -> Files:
+    """The generated files with the stand-in for the LLM, behind the tensors of the `reference` runtime."""
+    config = pbtxt.model_config(
+        "tensorrt_llm",
+        inputs=contract.llm_inputs(reference=True),
+        outputs=contract.llm_outputs(reference=True),
+        max_batch_size=8,
+        decoupled=decoupled,
+        backend="python",
+        dynamic_batching={},
+    )
+    kept = {name: content for name, content in files.items() if not name.startswith("tensorrt_llm/")}
+    return {**kept, "tensorrt_llm/config.pbtxt": pbtxt.dumps(config), "tensorrt_llm/1/model.py": STAND_IN}
+
+
+def generated(source: Path) -> Files:
+    config = parse_config("name: t\nmodel: {source: x}\nserving: {max_batch_size: 8}\n")
+    return with_stand_in(render_repository(config, tokenizer_dir=source, model_path_in_container="/models/engine"))
+
+
+@dataclass
+class Server:
+    """A running server on ports of its own."""
+
+    http_port: int
+    grpc_port: int
+    log: Path
+    process: subprocess.Popen[bytes] = field(repr=False)
+
+    def http(self, path: str, body: object = None, timeout: float = 60.0) -> tuple[int, str]:
+        """Status and text of an HTTP request; a POST when there is a body."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.http_port}/v2/{path}", data=data, headers={"Connection": "close"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as answer:  # noqa: S310
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+
+def place_stub(folder: Path) -> None:
+    """Puts the python backend's stub beside its library, as a whole file for whoever does the same at this moment."""
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    stub = folder / "python_backend_stubs" / version / "triton_python_backend_stub"
+    target = folder / "backends" / "python" / stub.name
+    if target.is_file() and target.stat().st_size == stub.stat().st_size:
+        return
+    handle, name = tempfile.mkstemp(dir=target.parent)
+    os.close(handle)
+    shutil.copy2(stub, name)
+    Path(name).replace(target)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for item in sockets:
+        item.bind(("127.0.0.1", 0))
+    ports = [item.getsockname()[1] for item in sockets]
+    for item in sockets:
+        item.close()
+    return ports
+
+
+@contextmanager
+def serve(repository: Path, work: Path, *options: str) -> Iterator[Server]:
+    """A Triton server for the block. A private helper: `trtkit deploy` has the real one."""
+    import pytriton
+
+    folder = Path(pytriton.__file__).parent / "tritonserver"
+    place_stub(folder)
+    http, grpc_, metrics = free_ports(3)
+    log = work / "server.log"
+    command = [
+        str(folder / "bin" / "tritonserver"),
+        f"--model-repository={repository}",
+        f"--backend-directory={folder / 'backends'}",
+        f"--cache-directory={folder / 'caches'}",
+        *(f"--{name}-address=127.0.0.1" for name in ("http", "grpc", "metrics")),
+        f"--http-port={http}",
+        f"--grpc-port={grpc_}",
+        f"--metrics-port={metrics}",
+        "--disable-auto-complete-config",
+        "--exit-timeout-secs=3",
+        f"--backend-config=python,shm-region-prefix-name=trtkit_repo_test_{os.getpid()}_{http}_",
+        *options,
+    ]
+    environment = {
+        "HOME": os.environ.get("HOME", "/"),
+        "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+        "LD_LIBRARY_PATH": str(sysconfig.get_config_var("LIBDIR")),
+    }
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            server = Server(http, grpc_, log, process)
+            for _ in range(600):
+                assert process.poll() is None, log.read_text()[-3000:]
+                try:
+                    if server.http("health/ready", timeout=5)[0] == 200:
+                        break
+                except OSError:
+                    pass
+                time.sleep(0.1)
+            else:
+                raise AssertionError(f"not ready in time: {log.read_text()[-3000:]}")
+            yield server
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    work = tmp_path_factory.mktemp("serving")
+    write_repository(generated(write_tokenizer(work / "source")), work / "repository")
+    assert not has_errors(lint_repository(work / "repository"))
+    with serve(work / "repository", work) as running:
+        yield running
+
+
+def inputs(texts: list[str] | bytes, **more: Any) -> list[Any]:
+    """gRPC inputs of the ensemble."""
+    texts_ = [texts] if isinstance(texts, bytes) else [text.encode() for text in texts]
+    size = len(texts_)
+    values = {
+        "text_input": np.array(texts_, dtype=object).reshape(size, 1),
+        "max_tokens": np.full((size, 1), more.pop("max_tokens", 500), np.int32),
+        **more,
+    }
+    names = {"object": "BYTES", "int32": "INT32", "bool": "BOOL", "float32": "FP32"}
+    tensors = []
+    for name, value in values.items():
+        tensor = grpc.InferInput(name, list(value.shape), names[str(value.dtype)])
+        tensor.set_data_from_numpy(value)
+        tensors.append(tensor)
+    return tensors
+
+
+Pieces = dict[str, list[tuple[str, int]]]
+
+
+def ask(server: Server, requests: dict[str, list[Any]]) -> tuple[Pieces, list[str]]:
+    """Sends all requests (id to inputs) at once: (text, batch index) of every piece by id, and the errors."""
+    answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
+    client = grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
+    pieces: Pieces = {name: [] for name in requests}
+    errors: list[str] = []
+    try:
+        client.start_stream(lambda result, error: answers.put((result, error)))
+        for name, tensors in requests.items():
+            client.async_stream_infer("ensemble", tensors, request_id=name, enable_empty_final_response=True)
+        finals = 0
+        while finals + len(errors) < len(requests):
+            result, error = answers.get(timeout=60)
+            if error is not None:
+                errors.append(str(error))
+                continue
+            response = result.get_response()
+            text = result.as_numpy("text_output")
+            if text is not None:
+                index = int(result.as_numpy("batch_index").reshape(-1)[0])
+                pieces[response.id] += [(item.decode(), index) for item in text.reshape(-1)]
+            finals += response.parameters["triton_final_response"].bool_param
+        client.stop_stream()
+    finally:
+        client.close()
+    return pieces, errors
+
+
+STREAM = {"stream": np.array([[True]])}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_streamed_or_not_the_text_is_the_same(server: Server, text: str) -> None:
+    pieces, errors = ask(server, {"whole": inputs([text]), "stream": inputs([text], **STREAM)})
+    assert errors == []
+    assert [piece for piece, _ in pieces["whole"]] == [text]
+    streamed = [piece for piece, _ in pieces["stream"]]
+    assert len(streamed) > len(text) / 6
+    assert "".join(streamed) == text
+    assert not any("\ufffd" in piece for piece in streamed)
+
+
+def test_streams_at_the_same_time_do_not_mix(server: Server) -> None:
+    requests = {f"{number}-{copy}": inputs([text], **STREAM) for number, text in enumerate(TEXTS) for copy in range(8)}
+    pieces, errors = ask(server, requests)
+    assert errors == []
+    for name, found in pieces.items():
+        assert "".join(piece for piece, _ in found) == TEXTS[int(name.split("-")[0])]
+
+
+def test_the_rows_of_one_request_do_not_mix(server: Server) -> None:
+    pieces, errors = ask(server, {"batch": inputs(TEXTS, stream=np.ones((len(TEXTS), 1), bool))})
+    assert errors == []
+    for row, text in enumerate(TEXTS):
+        assert "".join(piece for piece, index in pieces["batch"] if index == row) == text
+
+
+def test_without_an_id_a_cut_character_becomes_a_replacement_character(server: Server) -> None:
+    status, body = server.http(
+        "models/ensemble/generate_stream", {"text_input": "a漢b", "max_tokens": 9, "stream": True}
+    )
+    texts = [json.loads(line[6:])["text_output"] for line in body.splitlines() if line.startswith("data: ")]
+    assert status == 200
+    assert "".join(texts) == "a\ufffd\ufffd\ufffdb"
+    body_with_id = {"text_input": "a漢b", "max_tokens": 9, "stream": True, "id": "x-1"}
+    _, body = server.http("models/ensemble/generate_stream", body_with_id)
+    texts = [json.loads(line[6:])["text_output"] for line in body.splitlines() if line.startswith("data: ")]
+    assert "".join(texts) == "a漢b"
+
+
+def test_generate_over_http_takes_nvidias_documented_request(server: Server) -> None:
+    request = {"text_input": "lazy dog", "max_tokens": 20, "bad_words": "", "stop_words": ""}
+    status, body = server.http("models/ensemble/generate", request)
+    assert (status, json.loads(body)["text_output"]) == (200, "lazy dog")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (lambda: inputs([""]), "the prompt is empty"),
+        (lambda: inputs(b"\xff"), "the prompt is not UTF-8"),
+        (lambda: inputs(["a"], max_tokens=0), "max_tokens must be at least 1, got 0"),
+    ],
+)
+def test_a_wrong_request_is_answered_and_leaves_the_others_alone(
+    server: Server, tensors: Callable[[], list[Any]], message: str
+) -> None:
+    good = {f"good{number}": inputs([text], **STREAM) for number, text in enumerate(TEXTS)}
+    pieces, errors = ask(server, {**good, "bad": tensors()})
+    assert len(errors) == 1
+    assert message in errors[0]
+    for number, text in enumerate(TEXTS):
+        assert "".join(piece for piece, _ in pieces[f"good{number}"]) == text
+
+
+def test_the_server_serves_the_contract(server: Server) -> None:
+    """What the server says about its models is what the contract says: nothing was dropped or changed on the way."""
+    expected = {
+        "preprocessing": (contract.PREPROCESSING_INPUTS, contract.PREPROCESSING_OUTPUTS),
+        "postprocessing": (contract.POSTPROCESSING_INPUTS, contract.POSTPROCESSING_OUTPUTS),
+        "ensemble": (contract.ENSEMBLE_INPUTS, contract.ENSEMBLE_OUTPUTS),
+    }
+    for model, (ins, outs) in expected.items():
+        metadata = json.loads(server.http(f"models/{model}")[1])
+        for kind, tensors in (("inputs", ins), ("outputs", outs)):
+            found = {item["name"]: (item["datatype"], item["shape"]) for item in metadata[kind]}
+            bytes_ = {"STRING": "BYTES"}
+            assert found == {t.name: (bytes_.get(t.dtype, t.dtype), [-1, *t.dims]) for t in tensors}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", [True, False])
+def test_the_reference_runtime_answers_like_transformers(
+    tmp_path: Path, make_source: Callable[..., Path], streaming: bool
+) -> None:
+    """The whole way: a random model, converted for two ranks, generated, served; its text is transformers' text.
+
+    Random weights write bytes that are no UTF-8 most of the time, which is the hard case for detokenisation.
+    """
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from trtkit.config import CheckpointConfig
+    from trtkit.convert.plan import plan_conversion
+    from trtkit.convert.stream import convert
+    from trtkit.hf import open_source
+
+    tokenizer_dir = write_tokenizer(tmp_path / "tokenizer")
+    tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    folder = make_source(vocab_size=tokenizer.get_vocab_size(), dtype="float16", num_hidden_layers=2)
+    source = open_source(folder)
+    convert(plan_conversion(source, CheckpointConfig(tp=2)), source, tmp_path / "checkpoint")
+    settings = json.dumps({"runtime": "reference", "max_batch_size": 8, "streaming": streaming})
+    config = parse_config(f"name: t\nmodel: {{source: x}}\nserving: {settings}\n")
+    files = render_repository(config, tokenizer_dir=tokenizer_dir, checkpoint_dir=tmp_path / "checkpoint")
+    write_repository(files, tmp_path / "repository")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def expected(text: str) -> str:
+        ids = torch.tensor([tokenizer.encode(text).ids])
+        tokens = model.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=[1, 2], pad_token_id=1)
+        said: str = tokenizer.decode(tokens[0, ids.shape[1] :].tolist(), skip_special_tokens=True)
+        return said.removesuffix("\ufffd")  # a character that the end cuts is left out
+
+    more = {"max_tokens": 24, "top_k": np.array([[1]], np.int32)}
+    with serve(tmp_path / "repository", tmp_path) as server:
+        requests = {f"whole{number}": inputs([text], **more) for number, text in enumerate(TEXTS)}
+        if streaming:
+            streams = {f"stream{number}": inputs([text], **more, **STREAM) for number, text in enumerate(TEXTS)}
+            requests = {**requests, **streams}
+        pieces, errors = ask(server, requests)
+    assert errors == []
+    for name, found in pieces.items():
+        text = TEXTS[int(name[-1])]
+        assert "".join(piece for piece, _ in found).removesuffix("\ufffd") == expected(text), name
+    assert streaming == any(len(found) > 1 for found in pieces.values())
+
+
+def edit(model: str, old: str, new: str) -> Callable[[Path], None]:
+    def apply(repository: Path) -> None:
+        file = repository / model / "config.pbtxt"
+        text, times = re.subn(old, new, file.read_text(), count=1, flags=re.DOTALL)
+        assert times, old
+        file.write_text(text)
+
+    return apply
+
+
+def append(model: str, text: str) -> Callable[[Path], None]:
+    return edit(model, r"\Z", text)
+
+
+def drop_ensemble_input(name: str) -> Callable[[Path], None]:
+    return edit("ensemble", rf'input \{{\n  name: "{name}".*?\n\}}\n', "")
+
+
+def all_of(*steps: Callable[[Path], None]) -> Callable[[Path], None]:
+    def apply(repository: Path) -> None:
+        for step in steps:
+            step(repository)
+
+    return apply
+
+
+PRE, POST, LLM, ENS = "preprocessing", "postprocessing", "tensorrt_llm", "ensemble"
+SEED_INPUT = r'    input_map \{\n      key: "seed".*?\n    \}\n'
+EXTRA_OUTPUT = 'output { name: "EXTRA" data_type: TYPE_INT32 dims: 1 }'
+
+# rule, what the server says (in its answer or, for what it calls a failed poll, in its log), and the fault
+REFUSED: list[tuple[str, str, Callable[[Path], None]]] = [
+    ("TK103", "failed to read text proto", edit(POST, "max_batch_size: 8", "max_batch_size: ${size}")),
+    ("TK103", "failed to read text proto", append(PRE, "instance_groups { }")),
+    ("TK105", "unexpected directory name", edit(PRE, 'name: "preprocessing"', 'name: "tokenizer"')),
+    ("TK106", "at least one version must be", append(PRE, "version_policy { specific { versions: 3 } }")),
+    ("TK108", "SyntaxError", lambda repository: (repository / "preprocessing/1/model.py").write_text("f(:") and None),
+    ("TK109", "unexpected platform type", edit(POST, 'backend: "python"', 'platform: "python"')),
+    ("TK111", "'max_batch_size' must be non-negative", edit(PRE, "max_batch_size: 8", "max_batch_size: -1")),
+    ("TK112", "preferred size must be <=", edit(PRE, r"batching \{", "batching { preferred_batch_size: 9")),
+    ("TK115", "specifies one or more GPUs", edit(PRE, "kind: KIND_CPU", "kind: KIND_CPU gpus: 0")),
+    (
+        "TK117",
+        "default priority level",
+        edit(PRE, r"batching \{", "batching { priority_levels: 2 default_priority_level: 3"),
+    ),
+    ("TK118", "response cache", append(LLM, "response_cache { enable: true }")),
+    ("TK121", "must be integer >= 1, or -1", append(PRE, EXTRA_OUTPUT.replace("dims: 1", "dims: 0"))),
+    (
+        "TK122",  # a warning only where no step maps the output
+        "multiple outputs in model",
+        append(PRE, 'output { name: "INPUT_ID" data_type: TYPE_INT32 dims: -1 }'),
+    ),
+    ("TK123", "has different size", edit(LLM, r"reshape \{\n  \}", "reshape { shape: [ 2 ] }")),
+    (
+        "TK124",
+        "loading failed",
+        append(
+            PRE,
+            'model_warmup { name: "w" batch_size: 1 inputs { key: "X" value { data_type: TYPE_INT32 dims: 1 '
+            "zero_data: true } } }",
+        ),
+    ),
+    ("TK141", "not available or ambiguous: detok", edit(ENS, 'model_name: "postprocessing"', 'model_name: "detok"')),
+    ("TK142", "non-existing input random_seed", edit(ENS, 'key: "seed"', 'key: "random_seed"')),
+    (
+        "TK143",
+        "is not mapped to any ensemble tensors",
+        all_of(
+            edit(LLM, r'(name: "seed".*?)  optional: true\n', r"\1"),
+            drop_ensemble_input("seed"),
+            edit(ENS, SEED_INPUT, ""),
+        ),
+    ),
+    (
+        "TK144",
+        "ensemble output 'finish'",
+        append(ENS, 'output { name: "finish" data_type: TYPE_STRING dims: 1 }'),
+    ),
+    ("TK145", "ensemble input 'typo'", append(ENS, EXTRA_OUTPUT.replace("output", "input").replace("EXTRA", "typo"))),
+    (
+        "TK146",
+        "'sead', is not connected",
+        all_of(edit(ENS, 'value: "seed"', 'value: "sead"'), drop_ensemble_input("seed")),
+    ),
+    (
+        "TK147",
+        "'_x'",
+        all_of(
+            append(PRE, EXTRA_OUTPUT),
+            edit(
+                ENS, r'(    output_map \{\n      key: "OUT_PAD_ID")', r'    output_map { key: "EXTRA" value: "_x" }\n\1'
+            ),
+        ),
+    ),
+    ("TK148", "inconsistent data type", edit(ENS, r'(name: "top_p"\n  data_type: )TYPE_FP32', r"\1TYPE_FP64")),
+    ("TK149", "inconsistent shape", edit(ENS, r'(name: "top_k"\n  data_type: TYPE_INT32\n  dims: )1', r"\g<1>2")),
+    ("TK150", "allows maximum batch size 16", edit(ENS, "max_batch_size: 8", "max_batch_size: 16")),
+    (
+        "TK151",
+        "is not connected",
+        all_of(edit(ENS, r'(key: "END_ID"\n      value: )"end_id"', r'\1"batch_index"'), drop_ensemble_input("end_id")),
+    ),
+    ("TK152", "instance group should not be", append(ENS, "instance_group { count: 1 kind: KIND_CPU }")),
+    ("TK152", "empty backend type", append(ENS, 'backend: "python"')),
+    (
+        "TK154",
+        "originated from different decoupled",
+        edit(ENS, r'(key: "BATCH_INDEX"\n      value: )"batch_index"', r'\1"_REQUEST_INPUT_LEN"'),
+    ),
+    ("TK155", "whose required version 7", edit(ENS, "model_version: -1", "model_version: 7")),
+    (
+        "TK156",
+        "can appear in an output map only once",
+        edit(ENS, r'(key: "sequence_index"\n      value: )"sequence_index"', r'\1"batch_index"'),
+    ),
+]
+
+
+@pytest.mark.slow
+def test_the_server_refuses_what_the_linter_refuses_and_loads_what_it_passes(tmp_path: Path) -> None:
+    good, repository = tmp_path / "good", tmp_path / "repository"
+    write_repository(generated(write_tokenizer(tmp_path / "source")), good)
+    shutil.copytree(good, repository)
+    surprises = []
+    with serve(repository, tmp_path, "--model-control-mode=explicit") as server:
+
+        def load() -> tuple[int, str]:
+            before = server.log.stat().st_size
+            status, answer = server.http("repository/models/ensemble/load", {})
+            return status, answer + server.log.read_text()[before:]
+
+        for rule, words, break_it in REFUSED:
+            break_it(repository)
+            findings = lint_repository(repository)
+            assert rule in {finding.id for finding in findings}, rule
+            assert has_errors(findings), rule
+            status, said = load()
+            if status == 200 or words not in said:
+                surprises.append((rule, status, said))
+            for model in (ENS, LLM, PRE, POST):
+                server.http(f"repository/models/{model}/unload", {})
+            shutil.rmtree(repository)
+            shutil.copytree(good, repository)
+        assert load()[0] == 200, server.log.read_text()[-3000:]
+    assert surprises == []

@@ -1,0 +1,340 @@
+"""Every rule, by breaking a good repository once: exactly that rule speaks, with the file and the line."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models
+
+from trtkit.config import parse_config
+from trtkit.errors import InputError
+from trtkit.findings import Finding
+from trtkit.repository.generate import render_repository, write_repository
+from trtkit.repository.lint import lint_repository
+from trtkit.repository.lint_rules import RULES
+
+
+@pytest.fixture
+def repository(source: Path, tmp_path: Path) -> Path:
+    """A repository without findings, for an engine of two ranks."""
+    engine = tmp_path / "engine"
+    engine.mkdir()
+    (engine / "config.json").write_text(json.dumps({"pretrained_config": {"mapping": {"world_size": 2}}}))
+    for rank in range(2):
+        (engine / f"rank{rank}.engine").write_bytes(b"")
+    config = parse_config("name: t\nmodel: {source: x}\nserving: {max_batch_size: 8, preferred_batch_size: [4]}\n")
+    out = tmp_path / "repository"
+    write_repository(render_repository(config, tokenizer_dir=source, engine_dir=engine), out)
+    return out
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to break the repository.
+
+    Attributes:
+        expected: the rule that must speak; several where one fault shows at two ends.
+        place: what the finding's place must contain.
+    """
+
+    expected: str
+    break_it: Callable[[Path], None]
+    place: str = ""
+
+
+def edit(model: str, old: str, new: str, *, count: int = 1) -> Callable[[Path], None]:
+    """Replaces the regular expression `old` in the model's config.pbtxt."""
+
+    def apply(repository: Path) -> None:
+        file = repository / model / "config.pbtxt"
+        text, times = re.subn(old, new, file.read_text(), count=count, flags=re.DOTALL)
+        assert times, f"{old} is not in {file}"
+        file.write_text(text)
+
+    return apply
+
+
+def append(model: str, text: str) -> Callable[[Path], None]:
+    def apply(repository: Path) -> None:
+        with (repository / model / "config.pbtxt").open("a") as file:
+            file.write(text)
+
+    return apply
+
+
+def remove(path: str) -> Callable[[Path], None]:
+    def apply(repository: Path) -> None:
+        target = repository / path
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+
+    return apply
+
+
+def write(path: str, text: str) -> Callable[[Path], None]:
+    return lambda repository: (repository / path).write_text(text) and None
+
+
+def both(*steps: Callable[[Path], None]) -> Callable[[Path], None]:
+    def apply(repository: Path) -> None:
+        for step in steps:
+            step(repository)
+
+    return apply
+
+
+def move(old: str, new: str) -> Callable[[Path], None]:
+    return lambda repository: (repository / old).rename(repository / new) and None
+
+
+def empty(repository: Path) -> None:
+    for child in repository.iterdir():
+        if child.is_dir():
+            shutil.rmtree(child)
+
+
+def word_pieces(repository: Path) -> None:
+    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))  # noqa: S106 - a token of text
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.save(str(repository / "postprocessing/1/tokenizer/tokenizer.json"))
+
+
+UNBATCHED = both(
+    edit("preprocessing", "max_batch_size: 8", "max_batch_size: 0"),
+    edit("preprocessing", "  preferred_batch_size: 4\n", ""),
+    remove("ensemble"),
+)
+PRE, POST, LLM, ENS = "preprocessing", "postprocessing", "tensorrt_llm", "ensemble"
+SPLIT = '\noutput { name: "x" data_type: TYPE_INT32 dims: -1 }\n'
+
+CASES = [
+    Case("TK101", empty),
+    Case("TK102", both(remove("postprocessing/config.pbtxt"), remove("ensemble")), "postprocessing"),
+    Case("TK103", edit(POST, "max_batch_size: 8", "max_batch_size: ${size}"), "postprocessing/config.pbtxt:3"),
+    Case("TK103", edit(POST, "TYPE_INT32", "TYPE_FLOAT"), "postprocessing/config.pbtxt:6"),
+    Case("TK103", append(PRE, "instance_groups { }"), "preprocessing/config.pbtxt:"),
+    Case("TK103", append(ENS, "dynamic_batching { }"), "ensemble/config.pbtxt:"),
+    Case("TK104", edit(LLM, "guaranteed_no_evict", "${policy}"), "tensorrt_llm/config.pbtxt:"),
+    Case("TK105", edit(PRE, 'name: "preprocessing"', 'name: "tokenizer"'), "preprocessing/config.pbtxt:2"),
+    Case("TK106", both(remove("tensorrt_llm/1")), "tensorrt_llm"),
+    Case("TK106", move("tensorrt_llm/1", "tensorrt_llm/v1"), "tensorrt_llm"),
+    Case("TK106", append(PRE, "version_policy { specific { versions: 3 } }"), "preprocessing/config.pbtxt:"),
+    Case("TK107", remove("preprocessing/1/model.py"), "preprocessing/1/model.py"),
+    Case("TK108", write("preprocessing/1/model.py", "x = 1\ndef f(:\n"), "preprocessing/1/model.py:2"),
+    Case("TK109", edit(LLM, 'backend: "tensorrtllm"', 'platform: "tensorrt_llm"'), "tensorrt_llm/config.pbtxt:"),
+    Case("TK110", edit(LLM, 'backend: "tensorrtllm"\n', ""), "tensorrt_llm/config.pbtxt"),
+    Case("TK111", both(edit(PRE, "max_batch_size: 8", "max_batch_size: -1")), "preprocessing/config.pbtxt:3"),
+    Case("TK112", edit(PRE, "preferred_batch_size: 4", "preferred_batch_size: 9"), "preprocessing/config.pbtxt:"),
+    Case("TK112", edit(PRE, "preferred_batch_size: 4", "preferred_batch_size: 0"), "preprocessing/config.pbtxt:"),
+    Case("TK113", UNBATCHED, "preprocessing/config.pbtxt:"),
+    Case(
+        "TK114",
+        both(
+            UNBATCHED,
+            edit(PRE, r"dynamic_batching \{.*?\n\}\n", ""),
+            edit(PRE, r"(name: \"QUERY\")", r"\1 allow_ragged_batch: true"),
+        ),
+        "preprocessing/config.pbtxt:5",
+    ),
+    Case("TK115", edit(PRE, "kind: KIND_CPU", "kind: KIND_CPU gpus: 0"), "preprocessing/config.pbtxt:"),
+    Case(
+        "TK116",
+        edit(PRE, r"dynamic_batching \{", "dynamic_batching { priority_levels: 2 default_priority_level: 1"),
+        "preprocessing",
+    ),
+    Case(
+        "TK117",
+        edit(PRE, r"dynamic_batching \{", "dynamic_batching { priority_levels: 2 default_priority_level: 3"),
+        "preprocessing",
+    ),
+    Case("TK118", append(LLM, "response_cache { enable: true }"), "tensorrt_llm/config.pbtxt:"),
+    Case("TK119", edit(LLM, r"dynamic_batching \{", "dynamic_batching { preserve_ordering: true"), "tensorrt_llm"),
+    Case("TK119", edit(LLM, r"dynamic_batching \{.*?\n\}\n", "sequence_batching { }\n"), "tensorrt_llm"),
+    Case("TK121", append(PRE, 'input { name: "x" data_type: TYPE_INT32 dims: 0 optional: true }'), "preprocessing"),
+    Case("TK121", append(PRE, 'input { name: "x" data_type: TYPE_INT32 optional: true }'), "preprocessing"),
+    Case("TK121", append(PRE, 'output { name: "x" dims: 1 }'), "preprocessing"),
+    Case("TK121", append(PRE, "output { data_type: TYPE_INT32 dims: 1 }"), "preprocessing"),
+    Case("TK122", append(ENS, 'output { name: "cum_log_probs" data_type: TYPE_FP32 dims: -1 }'), "ensemble"),
+    Case("TK123", edit(LLM, r"reshape \{\n  \}", "reshape { shape: [ 2 ] }"), "tensorrt_llm/config.pbtxt:"),
+    Case(
+        "TK123",
+        append(PRE, 'output { name: "x" data_type: TYPE_INT32 dims: -1 reshape { shape: 3 } }'),
+        "preprocessing",
+    ),
+    Case(
+        "TK124",
+        append(
+            PRE,
+            'model_warmup { name: "w" batch_size: 1 inputs { key: "NOPE" value { data_type: TYPE_INT32 dims: 1 '
+            "zero_data: true } } }",
+        ),
+        "preprocessing/config.pbtxt:",
+    ),
+    Case(
+        "TK131",
+        edit(LLM, r'string_value: "[^"]*/engine"', 'string_value: "/nowhere/engine"'),
+        "tensorrt_llm/config.pbtxt:",
+    ),
+    Case("TK132", remove("postprocessing/1/tokenizer"), "postprocessing/1/tokenizer/tokenizer.json"),
+    Case("TK133", remove("../engine/rank1.engine"), "rank1.engine"),
+    Case("TK133", remove("../engine/config.json"), "config.json"),
+    Case("TK134", edit(LLM, "inflight_fused_batching", "inflight"), "tensorrt_llm/config.pbtxt:"),
+    Case("TK134", edit(LLM, "guaranteed_no_evict", "no_evict"), "tensorrt_llm/config.pbtxt:"),
+    Case("TK134", edit(LLM, 'string_value: "0.9"', 'string_value: "1.5"'), "tensorrt_llm/config.pbtxt:"),
+    Case("TK135", write("preprocessing/1/tokenizer/tokenizer.json", "{}"), "preprocessing/1/tokenizer/tokenizer.json"),
+    Case("TK136", word_pieces, "postprocessing/1/tokenizer/tokenizer.json"),
+    Case("TK141", edit(ENS, 'model_name: "postprocessing"', 'model_name: "detokenizer"'), "ensemble/config.pbtxt:"),
+    Case("TK142", edit(ENS, 'key: "seed"', 'key: "random_seed"'), "ensemble/config.pbtxt:"),
+    Case("TK142", edit(ENS, 'key: "cum_log_probs"', 'key: "log_probs"'), "ensemble/config.pbtxt:"),
+    Case(
+        "TK143",
+        both(
+            edit(LLM, r'(name: "seed".*?)  optional: true\n', r"\1"),
+            edit(ENS, r'    input_map \{\n      key: "seed".*?\n    \}\n', ""),
+            edit(ENS, r'input \{\n  name: "seed".*?\n\}\n', ""),
+        ),
+        "ensemble/config.pbtxt:",
+    ),
+    Case("TK144", append(ENS, 'output { name: "finish" data_type: TYPE_STRING dims: 1 }'), "ensemble/config.pbtxt:"),
+    Case(
+        "TK145",
+        append(ENS, 'input { name: "typo" data_type: TYPE_INT32 dims: 1 optional: true }'),
+        "ensemble/config.pbtxt:",
+    ),
+    Case(
+        "TK146",
+        both(edit(ENS, r'value: "seed"', 'value: "sead"'), edit(ENS, r'input \{\n  name: "seed".*?\n\}\n', "")),
+        "ensemble",
+    ),
+    Case(
+        "TK147",
+        edit(
+            ENS,
+            r'(    output_map \{\n      key: "output_ids")',
+            r'    output_map { key: "context_logits" value: "_x" }\n\1',
+        ),
+        "ensemble",
+    ),
+    Case("TK148", edit(ENS, r'(name: "top_p"\n  data_type: )TYPE_FP32', r"\1TYPE_FP64"), "ensemble/config.pbtxt:"),
+    Case(
+        "TK149", edit(ENS, r'(name: "top_k"\n  data_type: TYPE_INT32\n  dims: )1', r"\g<1>2"), "ensemble/config.pbtxt:"
+    ),
+    Case("TK150", edit(ENS, "max_batch_size: 8", "max_batch_size: 16"), "ensemble/config.pbtxt:4"),
+    Case(
+        "TK151",
+        both(
+            edit(ENS, r'(key: "END_ID"\n      value: )"end_id"', r'\1"batch_index"'),
+            edit(ENS, r'input \{\n  name: "end_id".*?\n\}\n', ""),
+        ),
+        "ensemble",
+    ),
+    Case("TK152", append(ENS, "instance_group { count: 1 kind: KIND_CPU }"), "ensemble/config.pbtxt:"),
+    Case("TK152", append(ENS, 'backend: "python"'), "ensemble/config.pbtxt:"),
+    Case("TK152", append(ENS, "optimization { priority: PRIORITY_MAX }"), "ensemble/config.pbtxt:"),
+    Case("TK153", edit(POST, "count: 1", "count: 2"), "postprocessing/config.pbtxt"),
+    Case(
+        "TK154",
+        edit(ENS, r'(key: "BATCH_INDEX"\n      value: )"batch_index"', r'\1"_REQUEST_INPUT_LEN"'),
+        "ensemble/config.pbtxt:",
+    ),
+    Case(
+        "TK154",
+        both(
+            edit(ENS, r'"_PREPROCESSOR_PAD_ID"', '"pad_used"', count=9),
+            append(ENS, 'output { name: "pad_used" data_type: TYPE_INT32 dims: 1 }'),
+        ),
+        "ensemble/config.pbtxt:",
+    ),
+    Case("TK155", edit(ENS, "model_version: -1", "model_version: 7"), "ensemble/config.pbtxt:"),
+    Case("TK156", append(PRE, 'output { name: "INPUT_ID" data_type: TYPE_INT32 dims: -1 }'), "ensemble"),
+    Case(
+        "TK156",
+        edit(
+            ENS,
+            r'(key: "sequence_index"\n      value: )"sequence_index"(.*?'
+            r'key: "SEQUENCE_INDEX"\n      value: )"sequence_index"',
+            r'\1"batch_index"\2"batch_index"',
+        ),
+        "ensemble",
+    ),
+]
+# One fault, two findings that are both true: these may come along.
+ALONG = {"TK117": {"TK116"}, "TK156": {"TK122", "TK144"}}
+
+
+def describe(case: Case) -> str:
+    return case.expected
+
+
+@pytest.mark.parametrize("case", CASES, ids=describe)
+def test_each_fault_is_found_and_nothing_else(repository: Path, case: Case) -> None:
+    assert lint_repository(repository) == []
+    case.break_it(repository)
+    findings = lint_repository(repository)
+    found = {finding.id for finding in findings}
+    assert case.expected in found
+    assert found <= {case.expected} | ALONG.get(case.expected, set()), findings
+    first = next(finding for finding in findings if finding.id == case.expected)
+    assert case.place in first.place
+    assert first.severity == RULES[case.expected].severity
+    assert first.cause
+    assert first.fix
+    assert "\n" not in first.cause + first.fix + first.place
+
+
+def test_every_rule_has_a_case() -> None:
+    assert {case.expected for case in CASES} == set(RULES)
+
+
+def test_the_line_is_the_line_of_the_fault(repository: Path) -> None:
+    edit(ENS, 'key: "seed"', 'key: "random_seed"')(repository)
+    finding = next(f for f in lint_repository(repository) if f.id == "TK142")
+    number = int(finding.place.rsplit(":", 1)[1])
+    assert "random_seed" in (repository / "ensemble/config.pbtxt").read_text().splitlines()[number - 1]
+
+
+def test_a_comment_may_hold_a_placeholder(repository: Path) -> None:
+    append(LLM, "\n# filled in from ${policy}\n")(repository)
+    assert lint_repository(repository) == []
+
+
+def test_a_model_that_cannot_be_read_hides_no_other_fault(repository: Path) -> None:
+    edit(PRE, "max_batch_size: 8", "max_batch_size: ${size}")(repository)
+    edit(POST, "count: 1", "count: 2")(repository)
+    assert [finding.id for finding in lint_repository(repository)] == ["TK103", "TK153"]
+
+
+def test_a_decoupled_ensemble_inside_an_ensemble_counts_as_decoupled(repository: Path) -> None:
+    """A step behind an inner ensemble that streams needs one instance as much as one behind the LLM itself."""
+    models = {
+        "after": 'name: "after" backend: "tensorrtllm" max_batch_size: 8 instance_group { count: 2 kind: KIND_CPU }\n'
+        'input { name: "T" data_type: TYPE_STRING dims: -1 } output { name: "U" data_type: TYPE_STRING dims: -1 }',
+        "outer": 'name: "outer" platform: "ensemble" max_batch_size: 8\n'
+        'input { name: "p" data_type: TYPE_STRING dims: 1 } input { name: "m" data_type: TYPE_INT32 dims: 1 }\n'
+        'output { name: "u" data_type: TYPE_STRING dims: -1 }\nensemble_scheduling {\n'
+        'step { model_name: "ensemble" model_version: -1 input_map { key: "text_input" value: "p" }\n'
+        'input_map { key: "max_tokens" value: "m" } output_map { key: "text_output" value: "t" } }\n'
+        'step { model_name: "after" model_version: -1 input_map { key: "T" value: "t" }\n'
+        'output_map { key: "U" value: "u" } } }',
+    }
+    for name, text in models.items():
+        (repository / name / "1").mkdir(parents=True)
+        (repository / name / "config.pbtxt").write_text(text)
+    assert [finding.id for finding in lint_repository(repository)] == ["TK153"]
+
+
+def test_not_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not a folder"):
+        lint_repository(tmp_path / "nowhere")
+
+
+def test_findings_are_plain_data(repository: Path) -> None:
+    edit(POST, "count: 1", "count: 2")(repository)
+    (finding,) = lint_repository(repository)
+    assert isinstance(finding, Finding)
+    assert json.loads(json.dumps(finding.to_dict()))["id"] == "TK153"

@@ -1,0 +1,1 @@
+"""The postprocessing model: tokens to text."""

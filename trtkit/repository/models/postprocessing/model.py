@@ -1,0 +1,59 @@
+"""Postprocessing: the tokens of the engine to text.
+
+In: TOKENS_BATCH [batch, beam, n] INT32, SEQUENCE_LENGTH [batch, beam] INT32 (tokens that count in each row), optionally
+BATCH_INDEX and SEQUENCE_INDEX [batch, 1] INT32. Out: OUTPUT [batch, beam], UTF-8.
+
+A character spread over several pieces of a stream is held back until it is complete. Pieces of one stream find each
+other by the id of their request (and by BATCH_INDEX, SEQUENCE_INDEX and row within it), so streaming clients should
+send ids of their own; without an id, a character that a piece cuts becomes U+FFFD. A character that the end of the
+answer cuts is left out when the request has an id. An id used again within a minute may find that rest, as U+FFFD.
+Run one instance only: the server hands pieces of one stream to several instances in any order.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from detokenizer import Detokenizer  # type: ignore[import-not-found]  # beside this file in the repository
+
+
+class TritonPythonModel:
+    """The interface that Triton's python backend expects."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        import json
+
+        parameters = json.loads(args["model_config"])["parameters"]
+        tokenizer = Path(__file__).parent / parameters["tokenizer_dir"]["string_value"] / "tokenizer.json"
+        skip = parameters["skip_special_tokens"]["string_value"].lower() in ("true", "1")
+        self.detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip)
+        if not self.detokenizer.tokens.exact:
+            pb_utils.Logger.log_warn(
+                f"{tokenizer}: this decoder has no fixed text per token; streamed pieces may lose spaces between them"
+            )
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        return [self._respond(request) for request in requests]
+
+    def _respond(self, request: Any) -> Any:
+        tokens = pb_utils.get_input_tensor_by_name(request, "TOKENS_BATCH").as_numpy()
+        lengths = pb_utils.get_input_tensor_by_name(request, "SEQUENCE_LENGTH").as_numpy()
+        if tokens.ndim != 3 or lengths.shape != tokens.shape[:2]:
+            problem = f"SEQUENCE_LENGTH {list(lengths.shape)} does not fit TOKENS_BATCH {list(tokens.shape)}"
+            return pb_utils.InferenceResponse(error=pb_utils.TritonError(problem, pb_utils.TritonError.INVALID_ARG))
+        name = request.request_id()
+        part = tuple(_first(request, index) for index in ("BATCH_INDEX", "SEQUENCE_INDEX")) if name else ()
+        texts = np.empty(lengths.shape, dtype=object)
+        for (row, beam), length in np.ndenumerate(lengths):
+            key = (name, part, row, beam) if name else None
+            ids = tokens[row, beam, : max(int(length), 0)].tolist()
+            texts[row, beam] = self.detokenizer.text(key, ids).encode()
+        return pb_utils.InferenceResponse([pb_utils.Tensor("OUTPUT", texts)])
+
+
+def _first(request: Any, name: str) -> int:
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    return 0 if tensor is None else int(tensor.as_numpy().reshape(-1)[0])

@@ -1,0 +1,1 @@
+"""The preprocessing model: text to tokens."""
