@@ -202,7 +202,7 @@ class _Demo:
     async def _stream(self, deployment: Deployment) -> int:
         chunks = 0
         async with connect(f"grpc://{deployment.grpc_url}") as client:
-            async for chunk in client.stream(GenerateRequest(PROMPT, max_tokens=48)):
+            async for chunk in client.stream(GenerateRequest(PROMPT, max_tokens=48, repetition_penalty=1.15)):
                 self.listener.text(chunk.text)
                 chunks += bool(chunk.text)
         return chunks

@@ -33,8 +33,12 @@ def command() -> None:
 
 @command.command()
 @click.argument("config_file", metavar="CONFIG", type=click.Path(path_type=Path))
-@click.option("--checkpoint", type=_folder, help="TRT-LLM checkpoint, for runtime 'reference'.")
-@click.option("--engine", type=_folder, help="Engine, for runtime 'tensorrtllm'.")
+@click.option(
+    "--checkpoint",
+    type=_folder,
+    help="TRT-LLM checkpoint, for runtime 'reference'; by default from the artifact store.",
+)
+@click.option("--engine", type=_folder, help="Engine, for runtime 'tensorrtllm'; by default from the artifact store.")
 @click.option("--tokenizer", type=_folder, help="Folder with tokenizer.json; by default model.source of CONFIG.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The repository to write.")
 @click.option("--model-path-in-container", metavar="PATH", help="Where the server finds checkpoint or engine.")
@@ -58,17 +62,20 @@ def generate(
 ) -> None:
     """Write the model repository that CONFIG describes.
 
-    A folder that trtkit generated earlier is replaced as a whole; any other folder is left alone without --force.
+    The checkpoint or engine is the one that `trtkit build` made of CONFIG, unless a folder is given. A folder that
+    trtkit generated earlier is replaced as a whole; any other folder is left alone without --force.
 
     \b
     Example:
-      trtkit repo generate build_configs/tiny-llama.yaml --checkpoint ./checkpoint -o ./models
+      trtkit repo generate build_configs/tiny-llama.yaml -o ./models
       trtkit repo generate llama.yaml --engine ./engine -o ./models --model-path-in-container /models/engine
     """
     from trtkit.config import load_config
     from trtkit.repository.generate import render_repository, write_repository
 
     config = load_config(config_file)
+    if checkpoint is None and engine is None and model_path_in_container is None:
+        checkpoint, engine = _built(config)
     files = render_repository(
         config,
         tokenizer_dir=tokenizer or _tokenizer_of(config),
@@ -121,13 +128,21 @@ def lint(path: Path | None, rules: bool, as_json: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
+def _built(config: BuildConfig) -> tuple[Path, Path | None]:
+    """What `trtkit build` made of this config."""
+    from trtkit.build import find
+    from trtkit.store import ArtifactStore, default_root
+
+    built = find(config, ArtifactStore(default_root()))
+    return built.checkpoint_dir, built.engine_dir
+
+
 def _tokenizer_of(config: BuildConfig) -> Path:
-    from trtkit.errors import InputError
+    """The source's folder; a hub id is looked up, and its tokenizer found in the download."""
+    from trtkit.hf import open_source
 
     source = Path(config.model.source)
-    if not source.is_dir():
-        raise InputError(f"model.source '{config.model.source}' is not a folder here", "give --tokenizer DIR")
-    return source
+    return source if source.is_dir() else open_source(config.model.source, revision=config.model.revision).path
 
 
 def _with_config(folder: Path | None, kind: str) -> Path | None:

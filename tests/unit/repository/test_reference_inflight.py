@@ -162,6 +162,18 @@ def test_memory_follows_the_window_and_not_the_time() -> None:
     assert all(generation.finish == "length" for generation in generations)
 
 
+def test_padding_goes_when_the_longest_request_leaves() -> None:
+    batch = InflightBatch(llama(), 3)
+    lengths = (5, 60, 9)
+    generations = [Generation(prompt_of(length, length), 4 if length == 60 else 8) for length in lengths]
+    batch.join(generations)
+    widths = []
+    while batch.running:
+        batch.step()
+        widths.append(batch._cache.end - batch._cache.start)
+    assert widths == [61, 62, 12, 13, 14, 15, 0]
+
+
 def test_leaving_early_changes_nobody_else() -> None:
     batch = InflightBatch(llama(), 3)
     generations = [Generation(prompt_of(seed, 4 + 9 * (seed == 0)), 12) for seed in range(3)]

@@ -16,25 +16,27 @@ from trtkit.repository.models.reference.inflight import Progress  # noqa: E402
 from trtkit.repository.models.reference.worker import Worker  # noqa: E402
 
 PATIENCE_S = 30.0
-STOP, POISON = 90, 91
+POISON = 91
+ENDLESS = 10**9
 
 
 class Counting:
-    """A model whose next token is the last one plus one. It can be held between two passes."""
+    """A model whose next token is the last one plus one, from 999 back to 0. It can be held between two passes."""
 
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.gate.set()
         self.largest = 0
+        self.immune = False
 
     def __call__(self, input_ids: Any, past_key_values: Any, **_: Any) -> Any:
         assert self.gate.wait(PATIENCE_S)
-        if (input_ids == POISON).any():
+        if (input_ids == POISON).any() and not self.immune:
             raise RuntimeError("poison")
         rows, columns = input_ids.shape
         self.largest = max(self.largest, rows)
         past_key_values.update(torch.zeros(rows, 1, columns, 1), torch.zeros(rows, 1, columns, 1), 0)
-        return SimpleNamespace(logits=torch.nn.functional.one_hot(input_ids[:, -1:] + 1, 1000).float())
+        return SimpleNamespace(logits=torch.nn.functional.one_hot((input_ids[:, -1:] + 1) % 1000, 1000).float())
 
     def forward(self, input_ids: Any, past_key_values: Any) -> None:
         """Only its signature is looked at."""
@@ -127,18 +129,33 @@ def test_a_cancelled_client_frees_its_slot(make_worker: Any) -> None:
         client.cancelled = True
 
     first, second = Recorder(cancel), Recorder()
-    worker.submit(first, [Generation([0], 900)])
+    worker.submit(first, [Generation([0], ENDLESS)])
     worker.submit(second, [Generation([7], 2)])
     assert first.wait().error == ("cancelled", "CANCELLED")
     assert len(first.tokens) <= 4
     assert second.wait().tokens == [8, 9]
+    assert not worker._jobs
 
 
-def test_a_waiting_client_can_be_cancelled(make_worker: Any) -> None:
+def test_every_running_client_is_asked(make_worker: Any, model: Counting) -> None:
+    worker = make_worker(3)
+    model.gate.clear()
+    clients = [Recorder() for _ in range(3)]
+    for client in clients:
+        worker.submit(client, [Generation([100], ENDLESS)])
+    model.immune = True  # they count on and on
+    model.gate.set()
+    for client in reversed(clients):
+        client.cancelled = True
+        assert client.wait().error == ("cancelled", "CANCELLED")
+
+
+def test_a_waiting_client_can_be_cancelled(make_worker: Any, model: Counting) -> None:
     worker = make_worker(1)
     running, waiting, behind = Recorder(), Recorder(), Recorder()
+    model.immune = True
     waiting.cancelled = True
-    worker.submit(running, [Generation([0], 800)])
+    worker.submit(running, [Generation([0], ENDLESS)])
     worker.submit(waiting, [Generation([5], 3)])
     worker.submit(behind, [Generation([7], 2)])
     assert waiting.wait().error == ("cancelled", "CANCELLED")
@@ -152,7 +169,7 @@ def test_stop_by_name(make_worker: Any, model: Counting) -> None:
     worker = make_worker(2)
     model.gate.clear()
     named, other = Recorder(), Recorder()
-    worker.submit(named, [Generation([0], 900)], "a")
+    worker.submit(named, [Generation([0], ENDLESS)], "a")
     worker.submit(other, [Generation([0], 3)], "b")
     worker.stop("a")
     worker.stop("nobody")
@@ -176,7 +193,7 @@ def test_a_client_that_raises_is_dropped_alone(make_worker: Any, lines: list[str
         raise ConnectionError("gone")
 
     broken, healthy = Recorder(break_down), Recorder()
-    worker.submit(broken, [Generation([0], 900)])
+    worker.submit(broken, [Generation([0], ENDLESS)])
     worker.submit(healthy, [Generation([0], 4)])
     assert healthy.wait().tokens == [1, 2, 3, 4]
     assert broken.tokens == [1]
@@ -223,7 +240,7 @@ def test_an_error_in_the_loop_itself_is_told_and_survived(
 
     monkeypatch.setattr(worker, "_look_for_cancelled", break_once)
     first, second = Recorder(), Recorder()
-    worker.submit(first, [Generation([0], 900)])
+    worker.submit(first, [Generation([0], ENDLESS)])
     message, code = first.wait().error or ("", "")
     assert "ZeroDivisionError: bug" in message
     assert code == "INTERNAL"
@@ -241,9 +258,9 @@ def test_clients_that_cannot_even_be_asked_or_told(make_worker: Any, lines: list
             raise ConnectionError("cannot tell")
 
     worker = make_worker(2)
-    worker.submit(Gone(), [Generation([0], 900)])
-    worker.submit(Gone(), [Generation([POISON], 900)])
-    worker.submit(Gone(), [Generation([0], 900)], "a")
+    worker.submit(Gone(), [Generation([0], ENDLESS)])
+    worker.submit(Gone(), [Generation([POISON], ENDLESS)])
+    worker.submit(Gone(), [Generation([0], ENDLESS)], "a")
     worker.stop("a")
     healthy = Recorder()
     worker.submit(healthy, [Generation([0], 5)])
@@ -253,11 +270,12 @@ def test_clients_that_cannot_even_be_asked_or_told(make_worker: Any, lines: list
 
 def test_closing_answers_everybody(model: Counting) -> None:
     worker = Worker(model, 1)
+    model.immune = True
     clients = [Recorder() for _ in range(3)]
     running = threading.Event()
     clients[0]._on_token = lambda client: running.set()
     for client in clients:
-        worker.submit(client, [Generation([0], 900)])
+        worker.submit(client, [Generation([0], ENDLESS)])
     assert running.wait(PATIENCE_S)
     worker.close()
     late = Recorder()

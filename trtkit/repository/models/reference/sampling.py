@@ -63,8 +63,7 @@ class BatchSampler:
         if self._plain:
             return tokens.tolist(), zeros, failed
         if self._sampled:
-            # A failed row takes part with harmless logits: its token is thrown away.
-            self._draw(logits.masked_fill(~healthy[:, None], 0.0) if any(failed) else logits, tokens)
+            self._draw(logits, tokens)  # a failed row gets some token, which is thrown away
         if not self._log_probs:
             return tokens.tolist(), zeros, failed
         log_probs = logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
