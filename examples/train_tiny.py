@@ -8,7 +8,7 @@ Example:
 
     python examples/train_tiny.py --out examples/tiny-llama
 
-About 20 minutes on two idle cores. The same Python, library versions, processor and number of threads give the same bytes.
+About 20 minutes on two idle cores. The same versions, processor and number of threads give the same weights.
 """
 
 from __future__ import annotations

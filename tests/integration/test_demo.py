@@ -23,7 +23,7 @@ from trtkit.config import load_config, ready_made_configs
 from trtkit.convert.readback import verify
 from trtkit.repository.lint import lint_repository
 
-pytestmark = [pytest.mark.server, pytest.mark.slow]
+pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.xdist_group("demo")]
 SOURCE = load_config(ready_made_configs()["tiny-llama"]).model.source
 
 
@@ -44,7 +44,7 @@ def processes_of(folder: Path) -> list[str]:
     for process in psutil.process_iter():
         try:
             words = [*process.cmdline(), process.cwd()]
-        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
         if any(str(folder) in word for word in words):
             found.append(shlex.join(process.cmdline()))

@@ -308,7 +308,7 @@ def test_no_text_is_reported(world: Any, known_delay: MakeClient) -> None:
 def test_counts_add_up_and_max_requests_is_kept(
     limit: int, open_loop: bool, level: int, warmup: float, fails: int
 ) -> None:
-    from conftest import KnownDelayClient, World
+    from standin_known_delay import KnownDelayClient, World
 
     def plan(number: int, request: GenerateRequest) -> None:
         if number % fails == 1:
