@@ -92,7 +92,7 @@ def up(config_file: Path, wait: bool, dry_run: bool, as_json: bool, **options: A
         return
     rows = [("HTTP", deployment.http_url), ("gRPC", deployment.grpc_url), ("metrics", deployment.metrics_url)]
     rows += [("models", ", ".join(deployment.models)), ("log", deployment.log_path)]
-    print_table(("What", "Where"), rows, title=f"{deployment.name}: {_phase(deployment)}")
+    print_table(("what", "where"), rows, title=f"{deployment.name}: {_phase(deployment)}")
     note(f"stop it with: trtkit deploy down {deployment.name}")
 
 
@@ -138,7 +138,7 @@ def status(name: str | None, as_json: bool) -> None:
         (one.name, one.target, _phase(one), one.http_url if one.running else "", one.grpc_url if one.running else "")
         for one in found
     ]
-    print_table(("Name", "Target", "State", "HTTP", "gRPC"), rows)
+    print_table(("name", "target", "state", "HTTP", "gRPC"), rows)
     for deployment in found:
         if deployment.reason:
             note(f"{deployment.name}: {deployment.reason} (log: {deployment.log_path})")

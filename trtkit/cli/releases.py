@@ -34,7 +34,7 @@ def command(tag: str | None, as_json: bool) -> None:
     elif tag:
         release = found[0]
         print_table(
-            ("What", "Version"),
+            ("what", "version"),
             [
                 ("image", release.image),
                 ("TensorRT-LLM", release.tensorrt_llm),
