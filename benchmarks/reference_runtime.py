@@ -16,11 +16,11 @@ Engine and server use one thread per operation, which the runtime picks for a mo
 
 Predicted: engine 0.9 or more (the same forward passes, and less work between them than generate does), stream 0.8 (8
 responses of 0.15 ms beside 5.5 ms of forward pass), continuous 0.04 (an earlier measurement); nothing for server.
-Measured with transformers 5.23 and torch 2.13 on 2 cores shared with other work (load average 2 to 5), four runs of 5
-to 11 rounds, medians: engine 0.87 to 1.09, server 0.89 to 1.06, stream 0.68 to 0.93, continuous 0.02 to 0.03; never on a
-quiet machine, where two threads per operation let generate gain up to a quarter (on this busy one they cost it a factor
-of 8 to 40 in most runs). Single rounds of engine, server and stream went down to 0.64, 0.54 and 0.53. A response costs
-0.2 ms of the model's thread, 0.17 ms of it inside Triton's send; a thread of its own for sending brought no clear gain.
+Measured with transformers 5.23 and torch 2.13 on 2 quiet cores (load average 0.6), 7 rounds, medians: engine 1.04,
+server 0.98, stream 0.69 (lowest rounds 0.79, 0.95, 0.64); on cores shared with other work (load average 2 to 5), four
+runs: engine 0.87 to 1.09, server 0.89 to 1.06, stream 0.68 to 0.93, continuous 0.02 to 0.03. So the engine was as
+predicted and the stream worse: a response costs 0.2 ms of the model's thread, 0.17 ms of it inside Triton's send, and
+a thread of its own for sending brought no clear gain.
 """
 
 from __future__ import annotations

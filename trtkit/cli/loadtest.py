@@ -45,7 +45,7 @@ _KEYS = {
 @click.argument("config", required=False, type=click.Path(path_type=Path))
 @click.option("--url", help="Server to test, such as grpc://127.0.0.1:8001 or http://127.0.0.1:8000.")
 @click.option("--model", default="ensemble", show_default=True, help="Model to send text to.")
-@click.option("--scenario", "names", multiple=True, help="Scenario of CONFIG, repeatable [default: 'default', else all].")
+@click.option("--scenario", "names", multiple=True, help="Scenario of CONFIG, repeatable [default: default, or all].")
 @click.option("--concurrency", type=int, help="Closed loop: requests kept in flight.")
 @click.option("--rate", type=float, help="Open loop: requests per second, however slow the answers.")
 @click.option("--arrival", type=click.Choice(["poisson", "constant"]), help="Arrival process of the open loop.")
