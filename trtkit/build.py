@@ -114,7 +114,7 @@ def run(
         on_step("reading the checkpoint back")
         result = verify(planned.source, open_checkpoint(folder))
         if not result.passed:
-            name = next(iter(result.mismatches))
+            name = result.first_difference
             raise CheckFailedError(f"the checkpoint differs from its source in '{name}'", "check disk and memory")
 
     checkpoint_dir, checkpoint_reused = store.build("checkpoint", planned.checkpoint_inputs, make_checkpoint)

@@ -6,6 +6,7 @@ Format: TensorRT-LLM, docs/source/legacy/architecture/checkpoint.md and tensorrt
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,15 @@ def read_checkpoint_config(path: Path) -> dict[str, Any]:
     return {**config, "mapping": {"world_size": tp * pp, "tp_size": tp, "pp_size": pp}}
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder holds a checkpoint, whole or not, and nothing else that anybody could miss."""
+    try:
+        read_checkpoint_config(path)
+    except InputError:
+        return False
+    return all(re.fullmatch(r"config\.json|trtkit\.json|rank\d+\.safetensors", file.name) for file in path.iterdir())
+
+
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Opens a checkpoint by the headers of its rank files.
 
@@ -97,4 +107,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         if not file.is_file():
             raise InputError(f"{file} is missing (config.json: {world} ranks)", "convert again")
         ranks.append(read_header(file))
+    surplus = sorted(
+        {file.name for file in path.glob("rank*.safetensors")} - {rank_file(rank) for rank in range(world)}
+    )
+    if surplus:
+        raise InputError(f"{path / surplus[0]} does not belong here (config.json: {world} ranks)", "convert again")
     return Checkpoint(path, config, ranks)

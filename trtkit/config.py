@@ -146,6 +146,13 @@ class DeployConfig(_Strict):
     image: str | None = None
     """A container image to use instead of the release's."""
 
+    @model_validator(mode="after")
+    def _ports_differ(self) -> DeployConfig:
+        chosen = [port for port in (self.http_port, self.grpc_port, self.metrics_port) if port]
+        if len(set(chosen)) < len(chosen):
+            raise ValueError("http_port, grpc_port and metrics_port must differ")
+        return self
+
     @property
     def gpu_ids(self) -> list[str] | None:
         """The GPUs by id; None for all of them."""
@@ -155,7 +162,7 @@ class DeployConfig(_Strict):
 class ValidationConfig(_Strict):
     """What `trtkit validate` sends."""
 
-    prompts: list[str] = ["The", "def main(", "Return a new", "import os\n"]
+    prompts: Annotated[list[str], Field(min_length=1)] = ["The", "def main(", "Return a new", "import os\n"]
     max_tokens: Annotated[int, Field(ge=1, le=100_000)] = 24
     """Tokens generated per prompt."""
 
@@ -243,6 +250,8 @@ def load_config(path: str | Path) -> BuildConfig:
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():  # a device may never end
+            raise InputError(f"cannot read {path}: not a file", "`trtkit config ls` lists ready-made configs")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}", "`trtkit config ls` lists ready-made configs") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -22,8 +23,9 @@ from trtkit.config import BuildConfig, load_config, ready_made_configs
 from trtkit.convert.plan import plan_conversion
 from trtkit.convert.readback import verify
 from trtkit.convert.stream import convert
+from trtkit.deploy import state
 from trtkit.deploy.deployment import Deployment
-from trtkit.deploy.local import ServerSpec, running_server, up
+from trtkit.deploy.local import ServerSpec, down, running_server, status, up
 from trtkit.errors import CheckFailedError, InputError
 from trtkit.findings import has_errors
 from trtkit.loadtest.metrics import Result
@@ -108,20 +110,26 @@ def run(folder: Path, *, keep: bool = False, listener: Listener | None = None) -
     """
     demo = _Demo(folder.absolute(), listener or Listener(), DemoResult())
     started = time.monotonic()
-    _claim(demo.folder)
     config = load_config(ready_made_configs()[CONFIG])
-    demo.convert(config)
-    demo.generate(config)
-    with demo.serve(config, keep) as deployment:
-        demo.stream(deployment)
-        demo.validate(config, deployment)
-        demo.load(config, deployment)
-        demo.write_report()
-        demo.judge()
-    if keep:
-        demo.result.deployment = deployment
+    with _claimed(demo.folder, keep):
+        demo.run(config, keep)
     demo.result.seconds = time.monotonic() - started
     return demo.result
+
+
+def plan(folder: Path, *, keep: bool = False) -> list[str]:
+    """What `run` would do, in words. Touches nothing."""
+    config = load_config(ready_made_configs()[CONFIG])
+    options = config.checkpoint
+    end = f"leave the server running as deployment '{NAME}'" if keep else "stop the server"
+    return [
+        f"convert {config.model.source} to {folder / 'checkpoint'} ({options.dtype}, TP {options.tp}) and verify it",
+        f"generate and lint {folder / 'model_repository'}",
+        f"start Triton on loopback, log to {folder / 'server.log'}",
+        "stream one prompt, validate, load-test: " + ", ".join(config.loadtest),
+        f"write {folder / 'report.html'} and {folder / 'report.json'}",
+        end,
+    ]
 
 
 @dataclass
@@ -129,6 +137,18 @@ class _Demo:
     folder: Path
     listener: Listener
     result: DemoResult
+
+    def run(self, config: BuildConfig, keep: bool) -> None:
+        self.convert(config)
+        self.generate(config)
+        with self.serve(config, keep) as deployment:
+            self.stream(deployment)
+            self.validate(config, deployment)
+            self.load(config, deployment)
+            self.write_report()
+            self.judge()
+        if keep:
+            self.result.deployment = deployment
 
     @contextlib.contextmanager
     def step(self, title: str) -> Iterator[list[str]]:
@@ -154,7 +174,7 @@ class _Demo:
         with self.step("read the checkpoint back and compare it with its source") as details:
             verified = verify(source, open_checkpoint(out), on_progress=self.listener.progress)
             if not verified.passed:
-                name = next(iter(verified.mismatches))
+                name = verified.first_difference
                 raise CheckFailedError(f"{out}: '{name}' differs from the source", "check disk and memory")
             details += [f"{verified.elements:,} values equal", f"{verified.rounded} rounded"]
 
@@ -179,7 +199,7 @@ class _Demo:
                 if keep:
                     spec = ServerSpec(NAME, repository, ready_timeout_s=config.deploy.ready_timeout_s, log_path=log)
                     deployment = up(spec, on_progress=self.listener.detail)
-                    stack.callback(_stop, deployment.name)
+                    stack.callback(down, deployment.name)
                 else:
                     server = running_server(repository, log_path=log, on_progress=self.listener.detail)
                     deployment = stack.enter_context(server)
@@ -255,18 +275,29 @@ class _Demo:
                 )
 
 
-def _claim(folder: Path) -> None:
-    """Makes the demo's folder, or makes sure that an existing one is an earlier demo's."""
+@contextlib.contextmanager
+def _claimed(folder: Path, keep: bool) -> Iterator[None]:
+    """Makes the demo's folder, or makes sure that an existing one is an earlier demo's and that nobody uses it."""
     if folder.exists() and not (folder / MARKER).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not an earlier demo's", "choose another folder with --output")
+    kept = _kept()
+    if kept is not None and (keep or folder.resolve() in Path(kept.repository).resolve().parents):
+        raise InputError(f"an earlier demo's server still runs ({kept.http_url})", f"trtkit deploy down {NAME}")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARKER).touch()
+    with (folder / MARKER).open("w") as marker:
+        try:
+            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another demo runs in {folder}", "wait for it, or choose another --output") from None
+        yield
 
 
-def _stop(name: str) -> None:
-    from trtkit.deploy.local import down
-
-    down(name)
+def _kept() -> Deployment | None:
+    """The server that an earlier demo was asked to keep, if it still runs."""
+    if NAME not in state.names():
+        return None
+    deployment = status(NAME)
+    return deployment if deployment.running else None
 
 
 def _in_words(progress: Progress) -> str:

@@ -63,6 +63,8 @@ def open_source(source: str | Path, *, revision: str | None = None) -> Source:
         LacksError: a hub id that cannot be downloaded and is not in the cache.
     """
     path = Path(source).expanduser()
+    if path.exists() and revision is not None:
+        raise InputError(f"source '{source}' is a local folder, which has no revision '{revision}'", "leave one out")
     if not path.exists():
         if not is_hub_id(str(source)):
             raise InputError(f"source '{source}' does not exist", "give a folder or a hub id such as owner/name")
@@ -79,9 +81,13 @@ def read_config(path: Path) -> dict[str, Any]:
     names = raw.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise InputError(f"{path / 'config.json'}: key 'architectures' is missing", "add the model's class name")
-    config = normalize_config(raw)
-    architectures.get(config["architectures"][0])
-    return config
+    architectures.get(names[0])
+    if (quantized := raw.get("quantization_config")) is not None:
+        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
+        raise InputError(
+            f"{path / 'config.json'}: the weights are quantised already ({method})", "use the original model"
+        )
+    return normalize_config(raw)
 
 
 def normalize_config(raw: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +98,10 @@ def normalize_config(raw: dict[str, Any]) -> dict[str, Any]:
     """
     config = dict(raw)
     config["dtype"] = raw.get("dtype") or raw.get("torch_dtype")
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"config.json: rope parameters are {rope!r}, expected a mapping", "download the file again")
+    rope = dict(rope)
     theta = rope.pop("rope_theta", None)
     config["rope_theta"] = theta if theta is not None else raw.get("rope_theta", 10000.0)
     kind = rope.get("rope_type", rope.get("type"))
@@ -182,7 +191,8 @@ def _download(repo: str, revision: str | None) -> Path:
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         at = f" at revision '{revision}'" if revision else ""
-        raise LacksError(f"cannot reach the hub, and '{repo}'{at} is not in its local cache", offline) from error
+        cause = f"cannot reach the hub, and '{repo}'{at} is neither a folder here nor in the hub's local cache"
+        raise LacksError(cause, offline) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

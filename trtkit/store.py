@@ -33,15 +33,14 @@ def atomic_dir(out: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yields a temporary sibling of `out` that becomes `out` when the block ends without an exception.
 
     Args:
-        out: the folder to make. Its parent is created.
-        replace: swap with an existing folder, which is then deleted. Without it an existing `out` is an error, unless
-            it is an empty folder.
+        out: the folder to make. Its parent is created; a symbolic link to a folder is followed.
+        replace: swap with an existing folder, which is then deleted: the caller has made sure that nobody misses it.
+            Without it an existing `out` is an error, unless it is an empty folder.
 
     Raises:
-        InputError: `out` exists and `replace` is off. Nothing was changed.
+        InputError: `out` may not be written to (see `check_output`). Nothing was changed.
     """
-    out = out.absolute()
-    _refuse_existing(out, replace)
+    out = check_output(out, replace=replace)
     out.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(out)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.tmp-", dir=out.parent))
@@ -50,12 +49,30 @@ def atomic_dir(out: Path, *, replace: bool = False) -> Iterator[Path]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         temporary.chmod(0o777 & ~_umask())
         yield temporary
-        _refuse_existing(out, replace)
+        check_output(out, replace=replace)
         _publish(temporary, out)
     finally:
         # After an exchange the temporary name holds what was replaced; after a failure, what was half made.
         shutil.rmtree(temporary, ignore_errors=True)
         os.close(lock)
+
+
+def check_output(out: Path, *, replace: bool = False) -> Path:
+    """The absolute path of an output folder, if `atomic_dir` may make it.
+
+    Raises:
+        InputError: it exists already (and `replace` is off), is no folder, or is one that must not be replaced: the
+            root, the home folder, the working folder, or a folder above them.
+    """
+    resolved = out.expanduser().resolve()
+    if resolved.exists() and not resolved.is_dir():
+        raise InputError(f"{out} exists and is not a folder", "choose another output folder")
+    for precious in (Path.cwd(), Path.home()):
+        if resolved == precious.resolve() or resolved in precious.resolve().parents:
+            raise InputError(f"'{out}' is {resolved}, which is not a folder to write over", "name a new folder")
+    if not replace and resolved.is_dir() and any(resolved.iterdir()):
+        raise InputError(f"{out} exists already", "choose another output folder")
+    return resolved
 
 
 def atomic_write(path: Path, data: str | bytes) -> None:
@@ -140,13 +157,6 @@ def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _refuse_existing(out: Path, replace: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} exists and is not a folder", "choose another output folder")
-    if not replace and out.is_dir() and any(out.iterdir()):
-        raise InputError(f"{out} exists already", "choose another output folder, or replace it with --force")
 
 
 def _publish(temporary: Path, out: Path) -> None:

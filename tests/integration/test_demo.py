@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -164,9 +165,36 @@ def test_kept_server_answers_as_printed_until_it_is_stopped(tmp_path: Path) -> N
         code = "\n".join(line[2:] for line in snippet.splitlines())
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0 and done.stdout.startswith("[[b'"), done.stderr
+        before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+        for options in ((), ("--keep",)):
+            second = demo(tmp_path / "out", state, *options)
+            assert "an earlier demo's server still runs" in second.communicate(timeout=60)[1]
+            assert second.returncode == 2
+        assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
     finally:
         down = subprocess.run(
             [sys.executable, "-m", "trtkit", "deploy", "down", "trtkit-demo"], env=environment, timeout=60, check=False
         )
     assert down.returncode == 0
     assert wait_until_none(tmp_path) == []
+
+
+def test_dry_run_touches_nothing(tmp_path: Path) -> None:
+    process = demo(tmp_path / "out", tmp_path / "state", "--dry-run", "--json")
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert any("model_repository" in step for step in json.loads(stdout))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_demos_do_not_share_a_folder(tmp_path: Path) -> None:
+    state, out = tmp_path / "state", tmp_path / "out"
+    out.mkdir()
+    (out / ".trtkit-demo").touch()
+    with (out / ".trtkit-demo").open("w") as marker:
+        fcntl.flock(marker, fcntl.LOCK_EX)
+        process = demo(out, state)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "another demo runs in" in stderr
+    assert [path.name for path in out.iterdir()] == [".trtkit-demo"]

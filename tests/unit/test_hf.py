@@ -94,6 +94,18 @@ FAULTS = {
     lambda f: change_config(f, num_hidden_layers=2): r"tensor 'model\.layers\.\d\..*' has no place",
     lambda f: change_config(f, hidden_act="gelu"): r"does not run hidden_act 'gelu'",
     lambda f: change_config(f, attention_bias=True): r"tensor '.*bias' is missing",
+    lambda f: change_config(f, hidden_size=None): r"hidden_size is None, expected a positive integer",
+    lambda f: change_config(f, hidden_size="256"): r"hidden_size is '256', expected a positive integer",
+    lambda f: change_config(f, head_dim=None, num_attention_heads=7): r"hidden_size 64 is no multiple",
+    lambda f: change_config(f, num_key_value_heads=3): r"num_attention_heads 8 is no multiple of num_key_value_heads 3",
+    lambda f: change_config(f, rope_parameters="x"): r"rope parameters are 'x'",
+    lambda f: change_config(f, rope_parameters={"rope_theta": "x"}): r"rope_theta is 'x', expected a positive number",
+    lambda f: change_config(f, rope_parameters={"rope_type": "zorg"}): r"rope type 'zorg'",
+    lambda f: change_config(f, rms_norm_eps=-1): r"rms_norm_eps is -1",
+    lambda f: change_config(f, max_position_embeddings=None): r"max_position_embeddings is None",
+    lambda f: change_config(f, dtype=5): r"dtype 5 is not a weight dtype",
+    lambda f: change_config(f, tie_word_embeddings="yes"): r"tie_word_embeddings is 'yes', expected true or false",
+    lambda f: change_config(f, quantization_config={"quant_method": "awq"}): r"quantised already \(awq\)",
 }
 
 

@@ -120,7 +120,9 @@ def test_cache_serves_when_the_hub_is_gone(hub: StandInHub, tmp_path: Path) -> N
     assert layers(tmp_path / "offline") == 1
     done = convert(hub, "owner/other", tmp_path / "never", HF_HUB_OFFLINE="1")
     assert done.returncode == 3
-    assert "cannot reach the hub, and 'owner/other' is not in its local cache" in done.stderr
+    assert (
+        "cannot reach the hub, and 'owner/other' is neither a folder here nor in the hub's local cache" in done.stderr
+    )
 
 
 @pytest.mark.parametrize(

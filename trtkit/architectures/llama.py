@@ -8,7 +8,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from trtkit.architectures.rules import Architecture, Config, Part, Weight, column, fused_qkv, replicated, row
+from trtkit.architectures.rules import (
+    Architecture,
+    Config,
+    Part,
+    Weight,
+    column,
+    flag,
+    fused_qkv,
+    integer,
+    number,
+    replicated,
+    row,
+)
 from trtkit.errors import InputError
 
 _HF = "model.layers.{layer}."
@@ -40,6 +52,7 @@ def _lm_head(source: str, when: Any) -> Weight:
     return Weight("lm_head.weight", (Part(source, ("vocab", "hidden"), "vocab"),), "last", when)
 
 
+ROPE_TYPES = ("linear", "dynamic", "llama3", "yarn", "longrope")
 EMBEDDING = "model.embed_tokens.weight"
 
 WEIGHTS = (
@@ -64,34 +77,54 @@ WEIGHTS = (
 
 
 def checkpoint_config(hf: Config) -> dict[str, Any]:
-    if hf["hidden_act"] != "silu":
-        raise InputError(f"config.json: TRT-LLM's Llama does not run hidden_act '{hf['hidden_act']}'", "only 'silu'")
-    heads = hf["num_attention_heads"]
+    if hf.get("hidden_act") != "silu":
+        raise InputError(
+            f"config.json: TRT-LLM's Llama does not run hidden_act '{hf.get('hidden_act')}'", "only 'silu'"
+        )
+    hidden, heads = integer(hf, "hidden_size"), integer(hf, "num_attention_heads")
+    if hf.get("head_dim") is None and hidden % heads:
+        raise InputError(
+            f"config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads}", "add head_dim"
+        )
     config = {
         "architecture": hf["architectures"][0],
-        "vocab_size": hf["vocab_size"],
-        "hidden_size": hf["hidden_size"],
-        "num_hidden_layers": hf["num_hidden_layers"],
+        "vocab_size": integer(hf, "vocab_size"),
+        "hidden_size": hidden,
+        "num_hidden_layers": integer(hf, "num_hidden_layers"),
         "num_attention_heads": heads,
-        "num_key_value_heads": hf.get("num_key_value_heads") or heads,
-        "head_size": hf.get("head_dim") or hf["hidden_size"] // heads,
-        "intermediate_size": hf["intermediate_size"],
-        "max_position_embeddings": hf["max_position_embeddings"],
+        "num_key_value_heads": integer(hf, "num_key_value_heads", heads),
+        "head_size": integer(hf, "head_dim", hidden // heads),
+        "intermediate_size": integer(hf, "intermediate_size"),
+        "max_position_embeddings": integer(hf, "max_position_embeddings"),
         "hidden_act": "silu",
-        "norm_epsilon": hf["rms_norm_eps"],
+        "norm_epsilon": number(hf, "rms_norm_eps"),
         "position_embedding_type": "rope_gpt_neox",
-        "rotary_base": hf["rope_theta"],
-        "rotary_scaling": hf["rope_scaling"],
-        "attn_bias": bool(hf.get("attention_bias")),
-        "mlp_bias": bool(hf.get("mlp_bias")),
-        "tie_word_embeddings": bool(hf.get("tie_word_embeddings")),
+        "rotary_base": number(hf, "rope_theta"),
+        "rotary_scaling": _rope_scaling(hf["rope_scaling"]),
+        "attn_bias": flag(hf, "attention_bias"),
+        "mlp_bias": flag(hf, "mlp_bias"),
+        "tie_word_embeddings": flag(hf, "tie_word_embeddings"),
         "residual_mlp": False,
         "disable_weight_only_quant_plugin": False,
     }
-    if hf.get("sliding_window"):
+    if config["num_attention_heads"] % config["num_key_value_heads"]:
+        kv_heads = config["num_key_value_heads"]
+        raise InputError(
+            f"config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}", ""
+        )
+    if hf.get("sliding_window") is not None:
         # TRT-LLM takes the window at run time (max_attention_window_size); here it is a note for whoever sets that.
-        config["sliding_window"] = hf["sliding_window"]
+        config["sliding_window"] = integer(hf, "sliding_window")
     return config
+
+
+def _rope_scaling(scaling: dict[str, Any] | None) -> dict[str, Any] | None:
+    if scaling is not None and scaling["rope_type"] not in ROPE_TYPES:
+        known = ", ".join(ROPE_TYPES)
+        raise InputError(
+            f"config.json: rope type {scaling['rope_type']!r} is not one that TRT-LLM runs", f"known: {known}"
+        )
+    return scaling
 
 
 def huggingface_config(config: Config) -> dict[str, Any]:

@@ -9,9 +9,12 @@ tensorrt_llm/models/llama/convert.py): a column-parallel linear is split along i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from trtkit.errors import InputError
 
 Split = Literal["replicate", "axis0", "axis1", "kv_heads", "vocab", "embedding"]
 """How a part is divided among the TP ranks.
@@ -77,6 +80,52 @@ class Architecture:
     huggingface_config: Callable[[Config], dict[str, Any]]
     weights: tuple[Weight, ...]
     ignored: tuple[str, ...] = ()
+
+
+def integer(hf: Config, key: str, default: int | None = None) -> int:
+    """A positive integer of a Hugging Face config. A missing or null key gives `default`, if there is one.
+
+    Raises:
+        InputError: the value is not one; names the key.
+    """
+    return int(_number(hf, key, default, (int,), "a positive integer"))
+
+
+def number(hf: Config, key: str, default: float | None = None) -> float:
+    """Like `integer`, for a positive number."""
+    return float(_number(hf, key, default, (int, float), "a positive number"))
+
+
+def flag(hf: Config, key: str) -> bool:
+    """A boolean of a Hugging Face config, False where it is missing or null.
+
+    Raises:
+        InputError: the value is not one; names the key.
+    """
+    value = hf.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise _unexpected(key, value, "true or false")
+    return bool(value)
+
+
+def _number(hf: Config, key: str, default: float | None, kinds: tuple[type, ...], wanted: str) -> float:
+    value = hf.get(key)
+    if value is None and default is not None:
+        return default
+    if value is None and key not in hf:
+        raise InputError(f"config.json: key '{key}' is missing", "download the file again")
+    if (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and isinstance(value, kinds)
+        and 0 < value < math.inf
+    ):
+        return value
+    raise _unexpected(key, value, wanted)
+
+
+def _unexpected(key: str, value: Any, wanted: str) -> InputError:
+    return InputError(f"config.json: {key} is {value!r}, expected {wanted}", "download the file again")
 
 
 def sizes(config: Config) -> dict[str, int]:

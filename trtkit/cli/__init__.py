@@ -6,6 +6,7 @@ import importlib
 import os
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 
 import click
@@ -85,6 +86,9 @@ def group(ctx: click.Context, debug: bool) -> None:
 def main(args: list[str] | None = None) -> None:
     """Entry point of the console script: an expected failure becomes a cause line, a fix line and an exit code."""
     signal.signal(signal.SIGTERM, _interrupt)
+    for name in ("stdout", "stderr"):  # None when the caller closed them
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - as long as the process
     debug = "--debug" in (sys.argv[1:] if args is None else args)
     try:
         result = group.main(args=args, standalone_mode=False)
@@ -116,7 +120,9 @@ def _report(error: Exception) -> int:
     elif isinstance(error, OSError):
         import errno
 
-        cause, fix, code = str(error), "free disk space and run again" if error.errno == errno.ENOSPC else "", 3
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        cause, code = str(error), 3
+        fix = "free disk space and run again" if full else "check the path and its permissions"
     else:
         cause = f"unexpected {type(error).__name__}: {error}"
         fix, code = "this is a bug in trtkit: please report it with the output of `trtkit --debug ...`", 1

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     help="Axis along which TP splits the token embedding.",
 )
 @click.option("--revision", help="Commit, tag or branch of a hub id.")
-@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--force", is_flag=True, help="Replace OUT if it is an earlier checkpoint.")
 @dry_run_option
 @json_option
 def command(
@@ -62,10 +62,11 @@ def command(
     from trtkit import hf
     from trtkit.config import CheckpointConfig
     from trtkit.convert.plan import plan_conversion
-    from trtkit.convert.stream import convert
+    from trtkit.convert.stream import check_target, convert
 
     opened = hf.open_source(source, revision=revision)
     plan = plan_conversion(opened, CheckpointConfig(tp=tp, pp=pp, dtype=dtype, parallel_embedding=parallel_embedding))
+    check_target(out, opened, replace=force)
     summary = _summary(plan, opened.nbytes, out)
     if dry_run:
         _print(summary, plan, as_json)

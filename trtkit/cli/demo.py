@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from trtkit.cli._common import json_option, print_findings, print_json, print_table
+from trtkit.cli._common import dry_run_option, json_option, print_findings, print_json, print_table
 
 if TYPE_CHECKING:
     from trtkit.demo import DemoResult, Listener
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     help="Folder for everything the demo makes.",
 )
 @click.option("--keep", is_flag=True, help="Leave the server running and say how to use and stop it.")
+@dry_run_option
 @json_option
-def command(folder: Path, keep: bool, as_json: bool) -> None:
+def command(folder: Path, keep: bool, dry_run: bool, as_json: bool) -> None:
     """Run the whole chain on the tiny model: convert, verify, serve with a real Triton, validate, load-test, report.
 
     \b
@@ -35,9 +36,16 @@ def command(folder: Path, keep: bool, as_json: bool) -> None:
       trtkit demo
       trtkit demo --keep --output /tmp/demo
     """
-    from trtkit.demo import NAME, run
+    from trtkit.demo import NAME, plan, run
     from trtkit.errors import missing_extra
 
+    if dry_run:
+        steps = plan(folder, keep=keep)
+        if as_json:
+            print_json(steps)
+        else:
+            click.echo("\n".join(steps))
+        return
     try:
         import torch  # noqa: F401
     except ImportError:

@@ -93,10 +93,7 @@ def plan_conversion(source: Source, options: CheckpointConfig) -> Plan:
         InputError: sizes that TP or PP does not divide, missing, surplus or misshapen tensors.
     """
     architecture = architectures.get(source.architecture)
-    try:
-        model = architecture.checkpoint_config(source.config)
-    except KeyError as error:
-        raise InputError(f"{source.path / 'config.json'}: key {error} is missing", "download the file again") from error
+    model = architecture.checkpoint_config(source.config)
     plan = plan_checkpoint(_complete_config(model, source, options))
     _check_source(plan, source, architecture)
     return plan
@@ -135,7 +132,9 @@ def _complete_config(model: dict[str, Any], source: Source, options: CheckpointC
     dtype: str = options.dtype
     if dtype == "auto":
         given = source.config.get("dtype") or "float16"
-        dtype = "float16" if given not in ("float16", "bfloat16") else given
+        if given not in ("float16", "bfloat16", "float32", "float64"):
+            raise InputError(f"config.json: dtype {given!r} is not a weight dtype", "give --dtype")
+        dtype = given if given in ("float16", "bfloat16") else "float16"
     sharding = {"none": (False, 0), "vocab": (True, 0), "hidden": (True, 1)}[options.parallel_embedding]
     return {
         **model,

@@ -16,9 +16,10 @@ import numpy.typing as npt
 
 from trtkit import architectures
 from trtkit.checkpoint import Checkpoint, open_checkpoint
-from trtkit.convert.plan import Plan, plan_checkpoint
+from trtkit.config import CheckpointConfig
+from trtkit.convert.plan import Plan, plan_checkpoint, plan_conversion
 from trtkit.convert.stream import CastReport, cast
-from trtkit.errors import InputError, missing_extra
+from trtkit.errors import CheckFailedError, InputError, missing_extra
 from trtkit.hf import Source
 from trtkit.safetensors_io import DTYPES, Reader
 
@@ -30,8 +31,8 @@ def read_tensors(checkpoint: Checkpoint, plan: Plan) -> Iterator[tuple[str, npt.
     """Every source tensor, in the checkpoint's dtype, in the order of the plan.
 
     Raises:
-        InputError: a checkpoint tensor is missing or misshapen, copies on several ranks differ, padding is not zero, or
-            an element is on no rank.
+        CheckFailedError: a checkpoint tensor is missing or misshapen, copies on several ranks differ, padding is not
+            zero, or an element is on no rank.
     """
     check_layout(checkpoint, plan)
     placements = plan.placements()
@@ -47,14 +48,14 @@ def read_tensors(checkpoint: Checkpoint, plan: Plan) -> Iterator[tuple[str, npt.
                 where = tuple(slice(start, stop) for start, stop in piece.box)
                 seen = covered[where]
                 if seen.any() and not np.array_equal(_bits(values[where])[seen], _bits(part)[seen]):
-                    raise InputError(
+                    raise CheckFailedError(
                         f"{entry.path}: tensor '{target}' differs from its copy on another rank ('{name}')",
                         "convert again",
                     )
                 values[where] = part
                 covered[where] = True
             if not covered.all():
-                raise InputError(f"{checkpoint.path}: part of '{name}' is on no rank", "convert again")
+                raise CheckFailedError(f"{checkpoint.path}: part of '{name}' is on no rank", "convert again")
             yield name, values
 
 
@@ -67,11 +68,11 @@ def check_layout(checkpoint: Checkpoint, plan: Plan) -> None:
             names = {tensor.name for tensor in tensors}
             for name in sorted(names ^ set(found)):
                 what = "is missing" if name in names else "is not expected"
-                raise InputError(f"{checkpoint.path}: rank {rank}: tensor '{name}' {what}", "convert again")
+                raise CheckFailedError(f"{checkpoint.path}: rank {rank}: tensor '{name}' {what}", "convert again")
             for tensor in tensors:
                 entry = found[tensor.name]
                 if (entry.shape, entry.dtype) != (tensor.shape, dtype):
-                    raise InputError(
+                    raise CheckFailedError(
                         f"{entry.path}: tensor '{tensor.name}' is {entry.dtype.name}{list(entry.shape)}, "
                         f"expected {dtype.name}{list(tensor.shape)}",
                         "convert again",
@@ -79,7 +80,7 @@ def check_layout(checkpoint: Checkpoint, plan: Plan) -> None:
                 used = sum(piece.count for piece in tensor.pieces)
                 padding = math.prod(tensor.shape) - used
                 if padding and reader.elements(entry, used, padding).any():
-                    raise InputError(
+                    raise CheckFailedError(
                         f"{entry.path}: the padding of tensor '{tensor.name}' is not zero", "convert again"
                     )
 
@@ -93,28 +94,37 @@ class Verification:
         elements: elements compared.
         mismatches: tensor -> elements that differ from the source's value in the checkpoint's dtype.
         rounded: elements whose value the checkpoint's dtype cannot hold exactly (0: not one value was changed).
+        settings: key of config.json -> (what the source implies, what the checkpoint has), where they differ.
     """
 
     tensors: int = 0
     elements: int = 0
     mismatches: dict[str, int] = field(default_factory=dict)
     rounded: int = 0
+    settings: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
-        return not self.mismatches
+        return not self.mismatches and not self.settings
+
+    @property
+    def first_difference(self) -> str:
+        """Name of a tensor or config key that differs; empty when nothing does."""
+        return next(iter([*self.mismatches, *self.settings]), "")
 
 
 def verify(
     source: Source, checkpoint: Checkpoint, *, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Verification:
-    """Reads the checkpoint back and compares every element with the source, bit for bit after the change of dtype.
+    """Reads the checkpoint back and compares every element with the source, bit for bit after the change of dtype,
+    and config.json with what the source's config implies.
 
     Raises:
-        InputError: the checkpoint is not one of this source at all (other tensors or shapes), or is damaged.
+        InputError: the source is damaged.
+        CheckFailedError: the checkpoint is not one of this source at all (other tensors or shapes), or is damaged.
     """
     plan = plan_checkpoint(checkpoint.config)
-    result = Verification()
+    result = Verification(settings=_compare_settings(source, checkpoint))
     report = CastReport()
     total = sum(math.prod(shape) for shape in plan.sources.values())
     with Reader() as reader:
@@ -122,7 +132,7 @@ def verify(
             entry = source.tensors.get(name)
             if entry is None or entry.shape != values.shape:
                 found = "no such tensor" if entry is None else f"shape {list(entry.shape)}"
-                raise InputError(
+                raise CheckFailedError(
                     f"{source.path}: the checkpoint implies '{name}' {list(values.shape)}, the source has {found}", ""
                 )
             expected = cast(reader.tensor(entry), values.dtype, entry, report)
@@ -134,6 +144,24 @@ def verify(
             on_progress(result.elements, total)
     result.rounded = report.rounded
     return result
+
+
+def _compare_settings(source: Source, checkpoint: Checkpoint) -> dict[str, tuple[Any, Any]]:
+    found = checkpoint.config
+    sharding = {0: "vocab", 1: "hidden"}[found["embedding_sharding_dim"]] if found["use_parallel_embedding"] else "none"
+    options = CheckpointConfig(
+        dtype=found["dtype"],
+        tp=checkpoint.tp,
+        pp=checkpoint.pp,
+        parallel_embedding=sharding,  # type: ignore[arg-type]
+    )
+    expected = plan_conversion(source, options).config
+    ignored = {"producer"}  # another version of trtkit may have made it
+    return {
+        key: (expected.get(key), found.get(key))
+        for key in sorted(expected.keys() | found.keys())
+        if key not in ignored and expected.get(key) != found.get(key)
+    }
 
 
 def load_transformers_model(checkpoint_dir: str | Path) -> Any:

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trtkit.checkpoint import rank_file
+from trtkit.checkpoint import is_checkpoint, rank_file
 from trtkit.convert.plan import Piece, Plan
 from trtkit.errors import InputError
 from trtkit.hf import Source
 from trtkit.safetensors_io import DTYPES, Reader, TensorEntry, TensorSpec, Writer
-from trtkit.store import atomic_dir
+from trtkit.store import atomic_dir, check_output
 
 BLOCK_BYTES = 16 << 20
 
@@ -50,13 +50,37 @@ def convert(
     """Writes the checkpoint folder, all or nothing.
 
     Args:
+        replace: replace an earlier checkpoint. Any other folder stays as it is.
         on_progress: called with source bytes (done, total).
 
     Raises:
-        InputError: `out` exists, or a value cannot be represented in the checkpoint's dtype (names the tensor).
+        InputError: `out` may not be written to, or a value cannot be represented in the checkpoint's dtype (names the
+            tensor).
     """
+    check_target(out, source, replace=replace)
     with atomic_dir(out, replace=replace) as folder:
         return write_checkpoint(plan, source, folder, on_progress=on_progress)
+
+
+def check_target(out: Path, source: Source, *, replace: bool = False) -> None:
+    """Whether a checkpoint of `source` may be written to `out`.
+
+    Raises:
+        InputError: `out` is or holds the source or lies in it, exists, or is (with `replace`) no earlier checkpoint.
+    """
+    target = check_output(out, replace=True)
+    origin = source.path.resolve()
+    if target == origin or origin in target.parents or target in origin.parents:
+        raise InputError(f"{out} would overwrite its own source {source.path}", "choose another output folder")
+    if target.is_dir() and any(target.iterdir()):
+        earlier = is_checkpoint(target)
+        if not replace:
+            hint = ", or replace the checkpoint there with --force" if earlier else ""
+            raise InputError(f"{out} exists already", f"choose another output folder{hint}")
+        if not earlier:
+            raise InputError(
+                f"{out} is not an earlier checkpoint", "choose another output folder, or remove it yourself"
+            )
 
 
 def write_checkpoint(

@@ -60,6 +60,20 @@ def test_verify_fails_with_exit_code_1_and_names_the_tensor(make_source: Any, tm
     assert "model.layers.1.mlp.gate_proj.weight" in done.stdout
 
 
+def test_verify_reports_damage_as_a_failed_check(make_source: Any, tmp_path: Path) -> None:
+    source = make_source()
+    assert trtkit("convert", source, tmp_path / "out", "--tp", 2).returncode == 0
+    file = tmp_path / "out" / "rank1.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    done = trtkit("verify", source, tmp_path / "out", "--json")
+    assert done.returncode == 1
+    result = json.loads(done.stdout)
+    assert not result["passed"] and "rank1.safetensors: truncated" in result["damage"]
+    file.unlink()
+    done = trtkit("verify", source, tmp_path / "out")
+    assert done.returncode == 1 and "rank1.safetensors is missing" in done.stdout
+
+
 def test_errors_are_a_cause_and_a_fix_without_traceback(make_source: Any, tmp_path: Path) -> None:
     done = trtkit("convert", make_source(), tmp_path / "out", "--tp", 3)
     assert done.returncode == 2

@@ -16,11 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trtkit import architectures, hf
-from trtkit.checkpoint import open_checkpoint, stage_layers
+from trtkit.checkpoint import Checkpoint, open_checkpoint, stage_layers
 from trtkit.config import CheckpointConfig
 from trtkit.convert import readback, stream
-from trtkit.convert.plan import plan_checkpoint, plan_conversion, valid_tp_sizes
-from trtkit.errors import InputError
+from trtkit.convert.plan import Plan, plan_checkpoint, plan_conversion, valid_tp_sizes
+from trtkit.errors import CheckFailedError, InputError
 
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -188,6 +188,65 @@ def test_a_changed_checkpoint_fails_verification(make_source: Any, tmp_path: Pat
     assert result.mismatches == {"model.layers.2.mlp.up_proj.weight": 1}
 
 
+@pytest.mark.parametrize(("key", "value"), [("norm_epsilon", 0.5), ("rotary_base", 7.0), ("hidden_act", "gelu")])
+def test_a_changed_config_fails_verification(key: str, value: Any, make_source: Any, tmp_path: Path) -> None:
+    """The same tensors under another config are another model."""
+    source = make_source()
+    convert(source, tmp_path / "out", CheckpointConfig(tp=4, pp=2, parallel_embedding="vocab"))
+    assert readback.verify(hf.open_source(source), open_checkpoint(tmp_path / "out")).passed
+    file = tmp_path / "out" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, key: value}))
+    result = readback.verify(hf.open_source(source), open_checkpoint(tmp_path / "out"))
+    assert not result.passed
+    assert result.settings == {key: (config[key], value)}
+
+
+def test_a_rank_file_too_many_is_found(make_source: Any, tmp_path: Path) -> None:
+    convert(make_source(), tmp_path / "out", CheckpointConfig(tp=2))
+    (tmp_path / "out" / "rank9.safetensors").write_bytes((tmp_path / "out" / "rank0.safetensors").read_bytes())
+    with pytest.raises(InputError, match=r"rank9\.safetensors does not belong here"):
+        open_checkpoint(tmp_path / "out")
+
+
+def test_replacing_spares_everything_but_an_earlier_checkpoint(
+    make_source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = hf.open_source(make_source())
+    plan = plan_conversion(source, CheckpointConfig())
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("precious")
+    monkeypatch.chdir(mine)
+    for out in (mine, Path(), Path(".."), source.path, source.path / "sub", source.path.parent, Path.home(), Path("/")):
+        with pytest.raises(InputError):
+            stream.convert(plan, source, out, replace=True)
+    assert (mine / "thesis.txt").read_text() == "precious"
+    assert readback.verify(source, convert_to(source, plan, tmp_path / "out")).passed
+    (tmp_path / "out" / "notes.md").write_text("mine")
+    with pytest.raises(InputError, match="not an earlier checkpoint"):
+        stream.convert(plan, source, tmp_path / "out", replace=True)
+    (tmp_path / "out" / "notes.md").unlink()
+    stream.convert(plan, source, tmp_path / "out", replace=True)
+
+
+def convert_to(source: hf.Source, plan: Plan, out: Path) -> Checkpoint:
+    stream.convert(plan, source, out)
+    return open_checkpoint(out)
+
+
+def test_a_symbolic_link_is_followed_not_replaced(make_source: Any, tmp_path: Path) -> None:
+    source = make_source()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    (tmp_path / "dangling").symlink_to(tmp_path / "later")
+    convert(source, tmp_path / "link", CheckpointConfig())
+    convert(source, tmp_path / "dangling", CheckpointConfig())
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "config.json").is_file()
+    assert (tmp_path / "dangling").is_symlink() and (tmp_path / "later" / "config.json").is_file()
+    assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
 def test_copies_that_differ_between_ranks_are_found(make_source: Any, tmp_path: Path) -> None:
     source = make_source()
     convert(source, tmp_path / "out", CheckpointConfig(tp=2))
@@ -195,7 +254,7 @@ def test_copies_that_differ_between_ranks_are_found(make_source: Any, tmp_path: 
     state = safetensors.torch.load_file(file)
     state["transformer.ln_f.weight"][0] += 1
     safetensors.torch.save_file(state, file)
-    with pytest.raises(InputError, match=r"transformer\.ln_f\.weight.*differs from its copy"):
+    with pytest.raises(CheckFailedError, match=r"transformer\.ln_f\.weight.*differs from its copy"):
         readback.verify(hf.open_source(source), open_checkpoint(tmp_path / "out"))
 
 
@@ -206,7 +265,7 @@ def test_padding_that_is_not_zero_is_found(make_source: Any, tmp_path: Path) -> 
     state = safetensors.torch.load_file(file)
     state["lm_head.weight"][-1, -1] = 1
     safetensors.torch.save_file(state, file)
-    with pytest.raises(InputError, match=r"padding of tensor 'lm_head\.weight' is not zero"):
+    with pytest.raises(CheckFailedError, match=r"padding of tensor 'lm_head\.weight' is not zero"):
         readback.verify(hf.open_source(source), open_checkpoint(tmp_path / "out"))
 
 
