@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,15 @@ def write_source(
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + (parameter.ndim == 1))
     model.to(getattr(torch, dtype)).save_pretrained(path, max_shard_size=shard_size)
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _private_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Deployments and artifacts of the tests stay out of the user's own folders."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRTKIT_STATE_DIR", str(tmp_path_factory.mktemp("state")))
+        patch.setenv("TRTKIT_STORE", str(tmp_path_factory.mktemp("store")))
+        yield
 
 
 @pytest.fixture

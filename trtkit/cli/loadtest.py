@@ -2,7 +2,7 @@
 
 \b
 Example:
-  trtkit loadtest build_configs/tinycode.yaml --scenario default --output report.html
+  trtkit loadtest build_configs/tiny-llama.yaml --scenario closed --scenario open --output report.html
   trtkit loadtest --url grpc://127.0.0.1:8001 --rate 20 --duration 60 --prompt "def main("
 """
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trtkit.cli._common import json_option, note, print_findings, print_json, print_table
-from trtkit.errors import CheckFailedError, InputError, LacksError
+from trtkit.errors import CheckFailedError, InputError, LacksError, TrtkitError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,18 +76,22 @@ def command(
 
     \b
     Example:
-      trtkit loadtest build_configs/tinycode.yaml --scenario default --output report.html
+      trtkit loadtest build_configs/tiny-llama.yaml --scenario closed --scenario open --output report.html
       trtkit loadtest --url grpc://127.0.0.1:8001 --rate 20 --duration 60 --prompt "def main("
 
     Without --url the server is the running local deployment that CONFIG names. Options override the scenario's keys.
     A closed loop (--concurrency) keeps requests in flight; an open loop (--rate) sends on schedule and measures from
     when a request was due, so that a stall of the server is not left out. Ctrl-C shows what was measured so far.
-    Exits with 1 when no request succeeded. --json leaves out the times of single requests; --output writes them.
+    Exits with 0 when some requests failed (a warning on stderr tells how many), with 1 when none succeeded or the
+    server refuses the first one, such as for an unknown model. --json leaves out the times of single requests;
+    --output writes them.
     """
     from trtkit.client.api import split_url
-    from trtkit.loadtest.report import json_document, write_report
+    from trtkit.loadtest.report import check_writable
     from trtkit.loadtest.tokens import token_counter
 
+    if output:
+        check_writable(output)
     build_config = _load(config) if config else None
     changes = {_KEYS[key]: value for key, value in options.items() if value is not None}
     if prompts:
@@ -98,20 +102,38 @@ def command(
     targets = {name: url or _deployed_url(build_config, scenario) for name, scenario in scenarios.items()}
     count_tokens = token_counter(tokenizer) if tokenizer else None
     fallback = build_config.validation.prompts if build_config else []
-    results = _run(scenarios, targets, model=model, prompts=fallback, count_tokens=count_tokens)
+    results, failure = _run(scenarios, targets, model=model, prompts=fallback, count_tokens=count_tokens)
+    _show(results, as_json)
     if output:
-        title = f"{build_config.name}: load test" if build_config else "Load test"
-        page, data = write_report([result.to_dict() for result in results], output, title)
-        note(f"wrote {page} and {data}")
-    if as_json:
-        print_json(json_document([result.to_dict(raw=False) for result in results]))
-    else:
-        _print(results)
+        _write(results, output, f"{build_config.name}: load test" if build_config else "Load test")
+    if failure:
+        raise failure
     if not all(result.complete for result in results):
         return 130
     if not all(result.counts["ok"] for result in results):
         raise CheckFailedError("no request succeeded", "see the errors above and the server's log")
     return 0
+
+
+def _show(results: Sequence[Result], as_json: bool) -> None:
+    """The results on stdout, and on stderr how many requests failed."""
+    from trtkit.loadtest.report import json_document
+
+    if as_json:
+        print_json(json_document([result.to_dict(raw=False) for result in results]))
+    else:
+        _print(results)
+    for result in results:
+        if failed := result.counts["error"]:
+            name = result.scenario["name"]
+            note(f"warning: scenario '{name}': {failed:,} of {result.counts['requests']:,} requests failed")
+
+
+def _write(results: Sequence[Result], output: Path, title: str) -> None:
+    from trtkit.loadtest.report import write_report
+
+    page, data = write_report([result.to_dict() for result in results], output, title)
+    note(f"wrote {page} and {data}")
 
 
 def _load(path: Path) -> BuildConfig:
@@ -168,27 +190,38 @@ def _deployed_url(config: BuildConfig | None, scenario: Scenario) -> str:
         raise InputError("no server to test", "give --url, or a build config whose deployment runs")
     from trtkit.deploy.local import status
 
-    deployment = status(config.name)
+    stopped = LacksError(
+        f"no deployment '{config.name}' is running", "start it with `trtkit deploy up`, or name a server with --url"
+    )
+    try:
+        deployment = status(config.name)
+    except InputError:  # never deployed
+        raise stopped from None
     if not deployment.running:
-        raise LacksError(
-            f"deployment '{config.name}' is {deployment.phase}, not running",
-            "start it with `trtkit deploy up`, or give --url",
-        )
+        raise stopped
     return f"grpc://{deployment.grpc_url}" if scenario.protocol == "grpc" else deployment.http_url
 
 
-def _run(scenarios: dict[str, Scenario], targets: dict[str, str], **options: Any) -> list[Result]:
-    """Runs one scenario after the other; an interrupted one is the last."""
+def _run(
+    scenarios: dict[str, Scenario], targets: dict[str, str], **options: Any
+) -> tuple[list[Result], TrtkitError | None]:
+    """Runs one scenario after the other; an interrupted one is the last. What keeps a later one from running comes
+    along with the results of those before it."""
     from trtkit.loadtest.progress import show_progress
     from trtkit.loadtest.runner import run_blocking
 
     results: list[Result] = []
     for name, scenario in scenarios.items():
         with show_progress(name) as on_progress:
-            results.append(run_blocking(targets[name], scenario, name=name, on_progress=on_progress, **options))
+            try:
+                results.append(run_blocking(targets[name], scenario, name=name, on_progress=on_progress, **options))
+            except TrtkitError as error:
+                if not results:
+                    raise
+                return results, error
         if not results[-1].complete:
             break
-    return results
+    return results, None
 
 
 def _print(results: Sequence[Result]) -> None:

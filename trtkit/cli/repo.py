@@ -41,7 +41,9 @@ def command() -> None:
 @click.option("--engine", type=_folder, help="Engine, for runtime 'tensorrtllm'; by default from the artifact store.")
 @click.option("--tokenizer", type=_folder, help="Folder with tokenizer.json; by default model.source of CONFIG.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The repository to write.")
-@click.option("--model-path-in-container", metavar="PATH", help="Where the server finds checkpoint or engine.")
+@click.option(
+    "--model-path-in-container", metavar="PATH", help="Absolute path where the server finds checkpoint or engine."
+)
 @click.option(
     "--logits-dtype", type=click.Choice(["FP32", "FP16"]), default="FP32", show_default=True, help="Of the engine."
 )
@@ -71,7 +73,7 @@ def generate(
       trtkit repo generate llama.yaml --engine ./engine -o ./models --model-path-in-container /models/engine
     """
     from trtkit.config import load_config
-    from trtkit.repository.generate import render_repository, write_repository
+    from trtkit.repository.generate import check_replaceable, render_repository, write_repository
 
     config = load_config(config_file)
     if checkpoint is None and engine is None and model_path_in_container is None:
@@ -85,7 +87,9 @@ def generate(
         logits_dtype=logits_dtype,
     )
     sizes = {name: len(content.encode() if isinstance(content, str) else content) for name, content in files.items()}
-    if not dry_run:
+    if dry_run:
+        check_replaceable(output, force=force)
+    else:
         write_repository(files, output, force=force)
     if as_json:
         print_json({"repository": str(output), "written": not dry_run, "files": sizes})

@@ -56,7 +56,8 @@ def command(
 ) -> None:
     """Check a served model against its contract and its source.
 
-    With CONFIG, the running deployment of that name is checked; --url checks any server.
+    With CONFIG, the running deployment of that name is checked; --url checks any server. A check that cannot run is
+    skipped, and is an error when --only asks for it.
 
     \b
     Checks:
@@ -82,8 +83,9 @@ def command(
 
     if config_file is None and not urls:
         raise InputError("nothing to check", "give a build config, or --url URL")
+    names = choose(only, skip)
     config = load_config(config_file) if config_file else None
-    if config and source is None and {"parity", "text"} & set(choose(only, skip)):
+    if config and source is None and {"parity", "text"} & set(names):
         # A hub id too: the build has left it in the local cache.
         source = open_source(config.model.source, revision=config.model.revision).path
     options = {"model": model, "engine": engine, "timeout_s": timeout_s}
@@ -100,14 +102,19 @@ def command(
         )
     )
     failed = [result.name for result in results if not result.passed]
+    not_run = [result for result in results if result.outcome == "skipped" and result.name in only]
     if as_json:
-        print_json({"urls": reached, "passed": not failed, "checks": [result.to_dict() for result in results]})
+        passed = not failed and not not_run
+        print_json({"urls": reached, "passed": passed, "checks": [result.to_dict() for result in results]})
     else:
         _print(results)
     if failed:
         raise CheckFailedError(
             f"{len(failed)} of {len(results)} checks failed: {', '.join(failed)}", "see each finding's fix"
         )
+    if not_run:
+        cause = f"check '{not_run[0].name}' was asked for and cannot run: {not_run[0].detail}"
+        raise InputError(cause, f"leave out --only {not_run[0].name}, or change what is in its way")
 
 
 def _subject(

@@ -7,6 +7,7 @@ the page forbids it to load anything.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from html import escape
 from importlib import resources
@@ -32,13 +33,37 @@ def write_report(results: Sequence[dict[str, Any]], path: str | Path, title: str
     Returns:
         The paths of the HTML and of the JSON file.
     """
-    path = Path(path)
-    base = path.with_suffix("") if path.suffix in (".html", ".json") else path / "report"
-    html, data = base.with_name(base.name + ".html"), base.with_name(base.name + ".json")
+    html, data = _paths(Path(path))
     page = render_html(results, title)
     atomic_write(data, json.dumps(json_document(results), ensure_ascii=False, allow_nan=False) + "\n")
     atomic_write(html, page)
     return html, data
+
+
+def check_writable(path: str | Path) -> None:
+    """Says before a test whether `write_report` can write there after it. Writes nothing.
+
+    Raises:
+        InputError: a file would replace a folder, or its folder is none, cannot become one or may not be written to.
+    """
+    fix = "give --output a file or folder that can be written"
+    for file in _paths(Path(path)):
+        try:
+            if file.is_dir():
+                raise InputError(f"{file} is a folder", fix)
+            folder = next(parent for parent in file.absolute().parents if parent.exists())
+        except OSError as error:
+            raise InputError(f"{file}: {error.strerror}", fix) from None
+        if not folder.is_dir():
+            raise InputError(f"cannot write {file}: {folder} is not a folder", fix)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise InputError(f"cannot write {file}: no permission to write in {folder}", fix)
+
+
+def _paths(path: Path) -> tuple[Path, Path]:
+    """The HTML and the JSON file of a report at `path`."""
+    base = path.with_suffix("") if path.suffix in (".html", ".json") else path / "report"
+    return base.with_name(base.name + ".html"), base.with_name(base.name + ".json")
 
 
 def json_document(results: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from datetime import datetime, timezone
 from statistics import median
 from typing import Any, Literal
 
-from trtkit.client.api import ENSEMBLE, GenerateRequest, connect, split_url
+from trtkit.client.api import ENSEMBLE, GenerateRequest, ServerError, connect, split_url
 from trtkit.config import Scenario
-from trtkit.errors import InputError, LacksError, TrtkitError
+from trtkit.errors import CheckFailedError, InputError, LacksError, TrtkitError
 from trtkit.loadtest.arrivals import NS
 from trtkit.loadtest.metrics import Result, summarise
 from trtkit.loadtest.records import Clock, Run
@@ -27,6 +27,12 @@ GIVE_UP_S = 5.0
 """What is still in flight so long after its timeout is given up, even if the client still waits."""
 LAG_PERIOD_S = 0.05
 PROGRESS_PERIOD_S = 0.5
+
+_REFUSALS = {
+    "INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "UNAUTHENTICATED", "PERMISSION_DENIED",
+    "400", "401", "403", "404", "405", "411", "413", "415", "422", "501",
+}  # fmt: skip
+"""Statuses of gRPC and HTTP that say that the request cannot succeed, now or later."""
 
 ClientFactory = Callable[[], "AbstractAsyncContextManager[Client]"]
 
@@ -75,6 +81,7 @@ async def run_scenario(
     Raises:
         InputError: no prompts, a wrong url, a schedule too long, or streaming from a model that cannot stream.
         LacksError: nobody listens at the url.
+        CheckFailedError: the server refuses the first request for good, as it does for an unknown model.
     """
     texts = list(scenario.prompts or prompts)
     if not texts:
@@ -231,8 +238,21 @@ async def _try_once(client: Client, scenario: Scenario, prompt: str) -> None:
             await client.generate(request, timeout_s=scenario.timeout_s)
     except (InputError, LacksError):
         raise
+    except ServerError as error:
+        if _is_refusal(error, scenario.protocol):
+            line = " ".join(error.cause.split())  # it may hold a whole HTML page
+            fix = "see whether the url and the model are right: every request would get this answer"
+            raise CheckFailedError(line[:300], fix) from None
     except TrtkitError:
-        return  # an error of the server or a timeout: it counts when it happens during the run
+        return  # a timeout: it counts when it happens during the run
+
+
+def _is_refusal(error: ServerError, protocol: str) -> bool:
+    """Whether every other request would get this answer too: the model is unknown, the request is refused, or what
+    answers is no Triton server. An error of a server that merely fails just now counts when it happens in the run."""
+    if protocol == "http" and not error.status:
+        return True  # what answers does not speak HTTP
+    return error.status in _REFUSALS or error.message.startswith("not JSON")
 
 
 def _factory(url: str, model: str, scenario: Scenario) -> ClientFactory:

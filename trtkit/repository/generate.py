@@ -7,7 +7,7 @@ ensemble that joins them. The runtime changes the directory `tensorrt_llm` and n
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from trtkit.config import BuildConfig
@@ -52,8 +52,14 @@ def render_repository(
         logits_dtype: dtype of the engine's logits, `FP32` or `FP16`.
 
     Raises:
-        InputError: the tokenizer or the folder that the runtime needs is missing.
+        InputError: the tokenizer or the folder that the runtime needs is missing, or `model_path_in_container` is not
+            absolute.
     """
+    if model_path_in_container is not None and not PurePosixPath(model_path_in_container).is_absolute():
+        raise InputError(
+            f"--model-path-in-container {model_path_in_container} is not absolute",
+            "give the whole path inside the container, such as /models/engine",
+        )
     runtime = config.serving.runtime
     model_dir = checkpoint_dir if runtime == "reference" else engine_dir
     if model_dir is None and model_path_in_container is None:
@@ -75,6 +81,8 @@ def render_repository(
 def write_repository(files: Files, out: Path, *, force: bool = False) -> None:
     """Writes a rendered repository, lints it, and only then puts it in place of what was at `out`.
 
+    That the checkpoint is not on this machine (TK138) is no obstacle: the repository may be written for another one.
+
     Args:
         force: replace a folder that trtkit did not generate.
 
@@ -85,20 +93,25 @@ def write_repository(files: Files, out: Path, *, force: bool = False) -> None:
     from trtkit.repository.lint import lint_repository
     from trtkit.store import atomic_dir
 
-    if not force and out.exists() and not is_generated(out) and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(
-            f"{out} exists and trtkit did not generate it ({MARKER} is missing)",
-            "choose another folder, or replace it with --force",
-        )
+    check_replaceable(out, force=force)
     with atomic_dir(out, replace=True) as temporary:
         for name, content in files.items():
             path = temporary / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content.encode() if isinstance(content, str) else content)
-        findings = lint_repository(temporary)
+        findings = [finding for finding in lint_repository(temporary) if finding.id != "TK138"]
         if has_errors(findings):
             first = next(finding for finding in findings if finding.severity == "error")
             raise CheckFailedError(f"{first.id} {first.place}: {first.cause}", first.fix)
+
+
+def check_replaceable(out: Path, *, force: bool = False) -> None:
+    """Raises InputError when `out` holds something that trtkit did not generate, unless `force` is on."""
+    if not force and out.exists() and not is_generated(out) and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(
+            f"{out} exists and trtkit did not generate it ({MARKER} is missing)",
+            "choose another folder, or replace it with --force",
+        )
 
 
 def is_generated(path: Path) -> bool:

@@ -20,7 +20,7 @@ def lint_repository(path: Path) -> list[Finding]:
     """
     if not path.is_dir():
         raise InputError(f"model repository {path} is not a folder", "give the folder that holds the model directories")
-    folders = sorted(item for item in path.iterdir() if item.is_dir() and not item.name.startswith("."))
+    folders = sorted(item for item in path.iterdir() if item.is_dir() and not _ignored(item.name))
     if not folders:
         return [
             finding(
@@ -40,6 +40,11 @@ def lint_repository(path: Path) -> list[Finding]:
         if model.is_ensemble:
             findings += lint_ensemble(model, models)
     return findings
+
+
+def _ignored(name: str) -> bool:
+    """Folders that are no models: hidden ones, and what Python leaves behind."""
+    return name.startswith(".") or name == "__pycache__"
 
 
 def _read(folder: Path) -> tuple[Model, list[Finding]]:

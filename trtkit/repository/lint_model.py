@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trtkit.findings import Finding
+from trtkit.repository.lint_code import lint_code
 from trtkit.repository.lint_rules import Model, finding
 
 _PLATFORMS = {
@@ -21,7 +22,7 @@ _SCHEDULERS = {"guaranteed_no_evict", "max_utilization", "static_batch"}
 
 def lint_model(model: Model) -> list[Finding]:
     """Findings about one model whose config.pbtxt could be read."""
-    checks = (_files, _code, _batching, _queue, _decoupled, _instances, _tensors, _warmup, _parameters)
+    checks = (_files, lint_code, _batching, _queue, _decoupled, _instances, _tensors, _warmup, _parameters)
     return [found for check in checks for found in check(model)]
 
 
@@ -53,27 +54,6 @@ def _files(model: Model) -> Iterator[Finding]:
         yield finding(
             "TK110", model.place(), "the server has to guess the backend", 'write it down, such as backend: "python"'
         )
-
-
-def _code(model: Model) -> Iterator[Finding]:
-    if model.config.backend != "python" or model.is_ensemble:
-        return
-    name = model.config.default_model_filename or "model.py"
-    for version in model.served_versions():
-        file = model.path / str(version) / name
-        place = f"{model.name}/{version}/{name}"
-        if not file.is_file():
-            yield finding(
-                "TK107", place, f"{name} is missing, and the server would wait for it without end", f"add {name}"
-            )
-            continue
-        try:
-            compile(file.read_bytes(), str(file), "exec")
-        except (SyntaxError, ValueError) as error:
-            line = getattr(error, "lineno", None)
-            yield finding(
-                "TK108", f"{place}:{line}" if line else place, str(getattr(error, "msg", error)), "mend the syntax"
-            )
 
 
 def _batching(model: Model) -> Iterator[Finding]:
@@ -193,11 +173,19 @@ def _parameters(model: Model) -> Iterator[Finding]:
         value = values.get(key)
         if value is None:
             continue
+        if model.config.backend == "python" and not value.isascii():
+            cause = f"{key} {value} is not ASCII, and the server's Python reads ASCII paths only"
+            yield finding("TK137", model.place(value), cause, "move it to a path of ASCII characters")
+            continue
         if key == "tokenizer_dir" and "/" not in value:
             yield from _own_tokenizer(model, value)
             continue
         folder = _folder(model, key, value)
         if not folder.is_dir():
+            if key == "checkpoint_dir" and folder.parent.is_dir():
+                cause = f"{key} {value} does not exist, though {folder.parent} does"
+                yield finding("TK138", model.place(value), cause, "convert the checkpoint again, or correct the path")
+                continue
             cause = f"{key} {value} does not exist on this machine"
             yield finding("TK131", model.place(value), cause, "make sure that it exists where the server runs")
         elif key in ("gpt_model_path", "checkpoint_dir"):

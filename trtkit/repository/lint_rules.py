@@ -45,6 +45,10 @@ RULES: dict[str, Rule] = {
     "TK122": Rule("warning", "a tensor name is given twice"),
     "TK123": Rule("error", "reshape changes the number of elements"),
     "TK124": Rule("error", "warmup names an unknown input"),
+    # one model: what model.py holds
+    "TK125": Rule("error", "model.py has no class TritonPythonModel"),
+    "TK126": Rule("error", "model.py imports a generated helper that is not beside it"),
+    "TK127": Rule("warning", "model.py imports a module that is neither beside it nor installed here"),
     # one model: parameters
     "TK131": Rule("warning", "a folder that a parameter names is not on this machine"),
     "TK132": Rule("error", "the tokenizer is missing from the repository"),
@@ -52,6 +56,8 @@ RULES: dict[str, Rule] = {
     "TK134": Rule("error", "a parameter of the tensorrtllm backend has an invalid value"),
     "TK135": Rule("error", "the tokenizer cannot be loaded"),
     "TK136": Rule("warning", "the tokenizer's decoder has no fixed text per token, so streams may lose spaces"),
+    "TK137": Rule("error", "a path that a python model reads is not ASCII, which the server's Python cannot open"),
+    "TK138": Rule("error", "checkpoint_dir is missing from a folder that is on this machine (else TK131)"),
     # ensembles
     "TK141": Rule("error", "a step names a model that the repository lacks"),
     "TK142": Rule("error", "a step maps a tensor that its model lacks"),

@@ -75,11 +75,11 @@ class _Verdict:
 
 async def check(subject: Subject, clients: Sequence[LLMClient]) -> CheckResult:
     """Fills the engine model with long requests over each client, cancels them, and times a short one behind them."""
-    if subject.engine not in await clients[0].models():
+    if subject.engine not in await clients[0].models(timeout_s=subject.lookup_s):
         return skipped(NAME, f"the server has no model '{subject.engine}'")
-    if not await is_decoupled(clients[0], subject.engine):
+    if not await is_decoupled(subject, clients[0], subject.engine):
         return skipped(NAME, f"model '{subject.engine}' is not decoupled, so no answer can be cancelled halfway")
-    config = await clients[0].model_config(subject.engine)
+    config = await clients[0].model_config(subject.engine, timeout_s=subject.lookup_s)
     places = max(config.get("max_batch_size", 0), subject.max_running or 0, 1)
     if places > MOST_REQUESTS:
         return skipped(NAME, f"the engine runs {places} requests at once, too many to fill it up")

@@ -95,16 +95,16 @@ async def check(subject: Subject, clients: Sequence[LLMClient]) -> CheckResult:
     """Compares what the server says about itself with the contract. Sends no inference request."""
     findings: list[Finding] = []
     for client in clients:
-        if not await client.is_ready():
+        if not await client.is_ready(timeout_s=subject.lookup_s):
             log = "look at the server's log"
             findings.append(Finding("TK701", "error", client.url, "the server is not ready", log))
     client = clients[0]
-    states = await client.models()
-    text = await _config(client, subject.model, states, findings)
+    states = await client.models(timeout_s=subject.lookup_s)
+    text = await _config(subject, client, subject.model, states, findings)
     steps = [step["model_name"] for step in (text or {}).get("ensemble_scheduling", {}).get("step", [])]
     configs = {subject.model: text}
     for name in dict.fromkeys([*steps, subject.engine]):
-        configs[name] = await _config(client, name, states, findings)
+        configs[name] = await _config(subject, client, name, states, findings)
     tensors = 0
     contracts = {subject.model: TEXT, subject.engine: ENGINE} | STEPS
     for name, config in configs.items():
@@ -120,7 +120,7 @@ async def check(subject: Subject, clients: Sequence[LLMClient]) -> CheckResult:
 
 
 async def _config(
-    client: LLMClient, name: str, states: dict[str, str], findings: list[Finding]
+    subject: Subject, client: LLMClient, name: str, states: dict[str, str], findings: list[Finding]
 ) -> dict[str, Any] | None:
     """The config of a model, or None and a finding."""
     if name not in states:
@@ -128,11 +128,11 @@ async def _config(
         cause = f"the server has no such model; it has: {known}"
         fix = "give the name with --model or --engine, or serve the right repository"
         findings.append(Finding("TK702", "error", name, cause, fix))
-    elif not await client.is_ready(name):
+    elif not await client.is_ready(name, timeout_s=subject.lookup_s):
         cause = f"the model is not ready (state {states[name] or 'unknown'})"
         findings.append(Finding("TK702", "error", name, cause, "look for its name in the server's log"))
     else:
-        return await client.model_config(name)
+        return await client.model_config(name, timeout_s=subject.lookup_s)
     return None
 
 

@@ -11,6 +11,8 @@ from trtkit.client.api import ENGINE, ENSEMBLE, GenerateRequest
 from trtkit.config import ValidationConfig
 from trtkit.findings import Finding, has_errors
 
+LOOKUP_S = 10.0
+
 Outcome = Literal["passed", "failed", "skipped"]
 
 
@@ -49,6 +51,11 @@ class Subject:
     add_special_tokens: bool = True
     trust_remote_code: bool = False
     timeout_s: float = 60.0
+
+    @property
+    def lookup_s(self) -> float:
+        """Time limit of questions about the server, which need no model's work."""
+        return min(self.timeout_s, LOOKUP_S)
 
     def request(self, prompt: str, max_tokens: int | None = None) -> GenerateRequest:
         """A greedy request."""

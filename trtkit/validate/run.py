@@ -28,7 +28,7 @@ CHECKS: dict[str, Check] = {
 }
 """By name, in the order in which they run: what explains later failures first, what may break the server last."""
 
-_NEED_TORCH = (parity.TOKENS, parity.TEXT)
+_NEED_SOURCE = (parity.TOKENS, parity.TEXT)
 
 
 def subject_of(
@@ -84,7 +84,7 @@ def choose(only: Sequence[str] = (), skip: Sequence[str] = ()) -> list[str]:
     """Names of the checks to run.
 
     Raises:
-        InputError: an unknown name.
+        InputError: an unknown name, or nothing is left to run.
     """
     for name in [*only, *skip]:
         if name not in CHECKS:
@@ -92,7 +92,10 @@ def choose(only: Sequence[str] = (), skip: Sequence[str] = ()) -> list[str]:
             raise InputError(
                 f"no check '{name}'{f', did you mean {near[0]!r}?' if near else ''}", f"valid: {', '.join(CHECKS)}"
             )
-    return [name for name in CHECKS if (not only or name in only) and name not in skip]
+    names = [name for name in CHECKS if (not only or name in only) and name not in skip]
+    if not names:
+        raise InputError("--only and --skip leave no check to run", "leave one of them out")
+    return names
 
 
 async def run_checks(
@@ -116,21 +119,25 @@ async def run_checks(
         One result per check. A check that the server's errors or the source keep from its end has failed.
 
     Raises:
-        InputError: an unknown check, a bad url, no prompts.
+        InputError: an unknown check, or none; a bad url; no prompts; or `only` names a check that needs a source, and
+            there is none.
         LacksError: nobody listens at a url, or torch is missing and parity is asked for.
     """
     names = choose(only, skip)
     if not subject.prompts:
         raise InputError("there are no prompts to send", "set validation.prompts")
-    if subject.source is not None and any(name in names for name in _NEED_TORCH):
+    compared = [name for name in names if name in _NEED_SOURCE]
+    if compared and subject.source is not None:
         require_torch()
+    elif asked := [name for name in compared if name in only]:
+        raise InputError(f"check '{asked[0]}' has no source to compare with", "give --source DIR")
     results = []
     async with AsyncExitStack() as stack:
         clients = [
             await stack.enter_async_context(connect(url, model=subject.model, protocol=protocol)) for url in urls
         ]
         for client in clients:
-            if not await client.is_live():
+            if not await client.is_live(timeout_s=subject.lookup_s):
                 raise unreachable(client.url, "no live Triton server answers there")
         for name in names:
             if on_progress:

@@ -27,7 +27,7 @@ class _Answer(NamedTuple):
 
 async def check(subject: Subject, clients: Sequence[LLMClient]) -> CheckResult:
     """Sends every prompt greedily with and without streaming, over every client, and compares the texts."""
-    if subject.streaming is False or not await is_decoupled(clients[0], subject.model):
+    if subject.streaming is False or not await is_decoupled(subject, clients[0], subject.model):
         return skipped(NAME, f"model '{subject.model}' does not stream (it is not decoupled)")
     answers = []
     for prompt in dict.fromkeys([*subject.prompts, *MULTI_BYTE_PROMPTS]):
@@ -48,8 +48,8 @@ async def check(subject: Subject, clients: Sequence[LLMClient]) -> CheckResult:
     return result(NAME, detail, findings, streams=len(answers), equal=equal, pieces=counts)
 
 
-async def is_decoupled(client: LLMClient, model: str) -> bool:
-    config = await client.model_config(model)
+async def is_decoupled(subject: Subject, client: LLMClient, model: str) -> bool:
+    config = await client.model_config(model, timeout_s=subject.lookup_s)
     return bool(config.get("model_transaction_policy", {}).get("decoupled", False))
 
 

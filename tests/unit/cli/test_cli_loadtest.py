@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,79 @@ def test_no_success_is_a_failed_check_after_the_report(config: str, tmp_path: Pa
     assert json.loads(out.with_suffix(".json").read_text())["results"][0]["counts"]["error"] == 4
 
 
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_some_errors_are_a_warning_on_stderr(config: str, form: list[str]) -> None:
+    done = invoke(config, "--url", "h:1", "--prompt", "a", "--prompt", "fail", *form)
+    assert done.return_value == 0
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning")]
+    assert warnings == ["warning: scenario 'default': 2 of 4 requests failed"]
+    assert "warning" not in invoke(config, "--url", "h:1", *form).stderr
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+@pytest.mark.parametrize("streaming", ["--streaming", "--no-streaming"])
+def test_a_server_that_refuses_the_first_request_is_not_loaded(
+    config: str, monkeypatch: pytest.MonkeyPatch, protocol: str, streaming: str
+) -> None:
+    sent: list[str] = []
+
+    async def refuse(self: Echo, request: GenerateRequest, *, timeout_s: float = 0) -> AsyncIterator[Chunk]:
+        sent.append(request.prompt)
+        raise ServerError("unknown model", status="NOT_FOUND" if protocol == "grpc" else "404", model="nope")
+        yield
+
+    monkeypatch.setattr(Echo, "stream", refuse)
+    error = refused(config, "--url", f"{protocol}://h:1", "--model", "nope", streaming)
+    assert (type(error), error.exit_code) == (CheckFailedError, 1)
+    assert "'nope'" in error.cause
+    assert sent == ["one"]
+
+
+def test_what_stops_a_later_scenario_loses_no_measurement(
+    config: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream = Echo.stream
+
+    async def dies(self: Echo, request: GenerateRequest, *, timeout_s: float = 0) -> AsyncIterator[Chunk]:
+        if len(self.made) > 1:
+            raise LacksError("cannot reach h:1")
+        async for chunk in stream(self, request):
+            yield chunk
+
+    monkeypatch.setattr(Echo, "stream", dies)
+    arguments = ["--url", "h:1", "--scenario", "default", "--scenario", "rate", "--output", str(tmp_path / "r.html")]
+    with pytest.raises(LacksError, match="cannot reach h:1"):
+        command.main([config, *arguments], standalone_mode=False)
+    assert "4 ok, 0 failed" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "r.json").read_text())["results"]) == 1
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_a_report_that_cannot_be_written_in_the_end_loses_no_measurement(
+    config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], form: list[str], tmp_path: Path
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("trtkit.loadtest.report.atomic_write", full)
+    with pytest.raises(OSError, match="No space"):
+        command.main([config, "--url", "h:1", "--output", str(tmp_path / "r.html"), *form], standalone_mode=False)
+    shown = capsys.readouterr().out
+    assert json.loads(shown)["results"][0]["counts"]["ok"] == 4 if form else "4 ok, 0 failed" in shown
+
+
+def test_an_output_that_cannot_be_written_is_refused(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "r.html").mkdir()
+    assert "r.html is a folder" in refused(config, "--url", "h:1", "--output", str(tmp_path / "r.html")).cause
+    monkeypatch.setattr("os.access", lambda path, mode, **options: not mode & os.W_OK)  # root may write anywhere
+    error = refused(config, "--url", "h:1", "--output", str(tmp_path / "new" / "x.html"))
+    assert f"no permission to write in {tmp_path}" in error.cause
+    assert Echo.requests == []
+    assert not (tmp_path / "new").exists()
+
+
 def test_some_errors_are_shown_and_are_no_failure(config: str) -> None:
     done = invoke(config, "--url", "h:1", "--prompt", "a", "--prompt", "fail")
     assert done.return_value == 0
@@ -160,6 +234,8 @@ def test_some_errors_are_shown_and_are_no_failure(config: str) -> None:
         (["CONFIG", "--url", "h"], "not a url"),
         (["CONFIG", "--url", "h:1", "--tokenizer", "/nowhere"], "/nowhere: no such file"),
         (["missing.yaml", "--url", "h:1"], "cannot read missing.yaml"),
+        (["CONFIG", "--url", "h:1", "--output", "/dev/null/x.html"], "/dev/null is not a folder"),
+        (["CONFIG", "--url", "h:1", "--output", "/dev/null/new/folder"], "/dev/null is not a folder"),
     ],
 )
 def test_wrong_usage_is_one_line_and_sends_nothing(config: str, arguments: list[str], cause: str) -> None:
@@ -183,7 +259,20 @@ def test_a_stopped_deployment_is_an_error(config: str, monkeypatch: pytest.Monke
     monkeypatch.setattr("trtkit.deploy.local.status", deployment("crashed"))
     error = refused(config)
     assert isinstance(error, LacksError)
-    assert error.cause == "deployment 'served' is crashed, not running"
+    assert error.cause == "no deployment 'served' is running"
+
+
+def test_loadtest_and_validate_say_the_same_without_a_deployment(
+    config: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from trtkit.cli import validate
+
+    monkeypatch.setenv("TRTKIT_STATE_DIR", str(tmp_path / "state"))
+    with pytest.raises(LacksError) as other:
+        validate.command.main([config, "--only", "contract"], standalone_mode=False)
+    error = refused(config)
+    assert isinstance(error, LacksError)
+    assert (error.cause, error.fix) == (other.value.cause, other.value.fix)
 
 
 def deployment(phase: str) -> Callable[[str], Any]:
@@ -193,7 +282,6 @@ def deployment(phase: str) -> Callable[[str], Any]:
 
 
 def test_an_interrupted_run_is_shown_and_exits_with_130(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
     import signal
 
     stream = Echo.stream

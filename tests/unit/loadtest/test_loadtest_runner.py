@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from trtkit.client.api import Chunk, GenerateRequest, RequestTimeoutError, ServerError
 from trtkit.config import Scenario
-from trtkit.errors import InputError, LacksError
+from trtkit.errors import CheckFailedError, InputError, LacksError
 from trtkit.findings import Finding
 from trtkit.loadtest.metrics import Result
 from trtkit.loadtest.progress import show_progress
@@ -408,6 +409,41 @@ def test_what_cannot_work_is_refused_before_the_start(world: Any, known_delay: M
         world.test(client, Scenario(concurrency=1, duration_s=1))
     assert len(client.requests) == 1
     assert client.closed
+
+
+REFUSALS = [
+    ("grpc", "NOT_FOUND", "Request for unknown model", True),
+    ("grpc", "INVALID_ARGUMENT", "unexpected inference output", True),
+    ("grpc", "", "a model's error inside a stream", False),
+    ("grpc", "UNAVAILABLE", "exceeds maximum queue size", False),
+    ("grpc", "INTERNAL", "out of memory", False),
+    ("http", "404", "Request for unknown model", True),
+    ("http", "501", "Unsupported method ('POST')", True),
+    ("http", "200", "not JSON: <html>\n<head>", True),
+    ("http", "", "400, message='Bad status line'", True),
+    ("http", "429", "slow down", False),
+    ("http", "500", "out of memory", False),
+    ("http", "503", "exceeds maximum queue size", False),
+]
+
+
+@pytest.mark.parametrize(("protocol", "status", "message", "final"), REFUSALS)
+def test_a_refusal_ends_the_test_and_a_passing_failure_does_not(
+    world: Any, known_delay: MakeClient, protocol: Any, status: str, message: str, final: bool
+) -> None:
+    def plan(number: int, request: GenerateRequest) -> None:
+        if number < 0:
+            raise ServerError(message, status=status)
+
+    client = known_delay(plan=plan)
+    scenario = Scenario(concurrency=1, duration_s=1, warmup_s=0, protocol=protocol)
+    if final:
+        with pytest.raises(CheckFailedError, match=re.escape(message.rsplit(maxsplit=1)[-1])) as caught:
+            world.test(client, scenario)
+        assert "\n" not in caught.value.cause
+        assert len(client.requests) == 1
+    else:
+        assert world.test(client, scenario).counts["error"] == 0
 
 
 def test_no_prompts_is_an_error(world: Any, known_delay: MakeClient) -> None:

@@ -245,6 +245,33 @@ def test_cli_generate_and_lint(config_file: Path, tmp_path: Path) -> None:
     assert "error TK133" in bad.stdout
 
 
+def test_cli_dry_run_refuses_what_the_real_run_refuses(config_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "precious").write_text("x")
+    arguments = ["generate", config_file, "--model-path-in-container", "/models/x", "-o", out]
+    for extra in ([], ["--dry-run"]):
+        error = run(*arguments, *extra).exception
+        assert isinstance(error, InputError), extra
+        assert "trtkit did not generate it" in error.cause
+    assert run(*arguments, "--dry-run", "--force").exit_code == 0
+    assert (out / "precious").exists()
+
+
+@pytest.mark.parametrize("path", ["rel/path", "./x", ""])
+def test_the_path_in_the_container_is_absolute(source: Path, path: str) -> None:
+    with pytest.raises(InputError, match="is not absolute"):
+        render_repository(config_of(), tokenizer_dir=source, model_path_in_container=path)
+
+
+def test_a_repository_for_another_machine_is_generated_although_its_checkpoint_is_not_here(
+    source: Path, tmp_path: Path
+) -> None:
+    files = render_repository(config_of(), tokenizer_dir=source, model_path_in_container=str(tmp_path / "checkpoint"))
+    write_repository(files, tmp_path / "out")
+    assert [finding.id for finding in lint_repository(tmp_path / "out")] == ["TK138"]
+
+
 def test_cli_refuses_what_is_no_checkpoint(config_file: Path, tmp_path: Path) -> None:
     result = run("generate", config_file, "--checkpoint", tmp_path, "-o", tmp_path / "out")
     assert isinstance(result.exception, InputError)

@@ -104,6 +104,30 @@ def word_pieces(repository: Path) -> None:
     tokenizer.save(str(repository / "postprocessing/1/tokenizer/tokenizer.json"))
 
 
+def as_reference(path: str) -> Callable[[Path], None]:
+    """Makes the engine model a python model with its checkpoint at `path`."""
+
+    def apply(repository: Path) -> None:
+        edit(LLM, 'backend: "tensorrtllm"', 'backend: "python"')(repository)
+        edit(LLM, r'(key: "gpt_model_path".*?string_value: )"[^"]*"', rf'\1"{path}"')(repository)
+        edit(LLM, "gpt_model_path", "checkpoint_dir")(repository)
+        write("tensorrt_llm/1/model.py", "class TritonPythonModel:\n    pass\n")(repository)
+
+    return apply
+
+
+def insert(path: str, line: str) -> Callable[[Path], None]:
+    """Adds a line of code below the file's `from __future__` import."""
+
+    def apply(repository: Path) -> None:
+        file = repository / path
+        future = "from __future__ import annotations\n"
+        assert future in file.read_text()
+        file.write_text(file.read_text().replace(future, f"{future}{line}\n", 1))
+
+    return apply
+
+
 UNBATCHED = both(
     edit("preprocessing", "max_batch_size: 8", "max_batch_size: 0"),
     edit("preprocessing", "  preferred_batch_size: 4\n", ""),
@@ -175,6 +199,15 @@ CASES = [
         ),
         "preprocessing/config.pbtxt:",
     ),
+    Case("TK125", write("preprocessing/1/model.py", ""), "preprocessing/1/model.py"),
+    Case("TK125", write("preprocessing/1/model.py", "class Model:\n    pass\n"), "preprocessing/1/model.py"),
+    Case("TK126", remove("preprocessing/1/encoder.py"), "preprocessing/1/model.py:"),
+    Case("TK126", remove("postprocessing/1/detokenizer.py"), "postprocessing/1/model.py:"),
+    Case("TK127", insert("preprocessing/1/model.py", "import no_such_module_here.part"), "preprocessing/1/model.py:"),
+    Case("TK131", as_reference("/nowhere/checkpoint"), "tensorrt_llm/config.pbtxt:"),
+    Case("TK137", as_reference("/nowhere/modèles/checkpoint"), "tensorrt_llm/config.pbtxt:"),
+    Case("TK137", edit(PRE, 'string_value: "tokenizer"', 'string_value: "/nowhere/ü"'), "preprocessing/config.pbtxt:"),
+    Case("TK138", as_reference("../absent"), "tensorrt_llm/config.pbtxt:"),
     Case(
         "TK131",
         edit(LLM, r'string_value: "[^"]*/engine"', 'string_value: "/nowhere/engine"'),
@@ -296,6 +329,39 @@ def test_the_line_is_the_line_of_the_fault(repository: Path) -> None:
     finding = next(f for f in lint_repository(repository) if f.id == "TK142")
     number = int(finding.place.rsplit(":", 1)[1])
     assert "random_seed" in (repository / "ensemble/config.pbtxt").read_text().splitlines()[number - 1]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "class Other: pass\nTritonPythonModel = Other\n",
+        "from beside import TritonPythonModel\n",
+        "from beside import *\n",
+        "try:\n    import no_such_module_here\nexcept ImportError:\n    pass\nclass TritonPythonModel: pass\n",
+        "import json, os.path, triton_python_backend_utils\nclass TritonPythonModel: pass\n",
+    ],
+)
+def test_code_that_is_fine(repository: Path, code: str) -> None:
+    write("preprocessing/1/beside.py", "class TritonPythonModel: pass\n")(repository)
+    write("preprocessing/1/model.py", code)(repository)
+    assert lint_repository(repository) == []
+
+
+def test_a_packed_environment_may_hold_any_module(repository: Path) -> None:
+    insert("preprocessing/1/model.py", "import no_such_module_here")(repository)
+    append(PRE, 'parameters { key: "EXECUTION_ENV_PATH" value { string_value: "/env.tar.gz" } }')(repository)
+    assert lint_repository(repository) == []
+
+
+@pytest.mark.parametrize("name", ["__pycache__", ".git"])
+def test_folders_that_are_no_models(repository: Path, name: str) -> None:
+    (repository / name).mkdir()
+    assert lint_repository(repository) == []
+
+
+def test_the_backend_in_cpp_reads_any_path(repository: Path) -> None:
+    edit(LLM, r'string_value: "[^"]*/engine"', 'string_value: "/nowhere/modèle"')(repository)
+    assert [finding.id for finding in lint_repository(repository)] == ["TK131"]
 
 
 def test_a_comment_may_hold_a_placeholder(repository: Path) -> None:

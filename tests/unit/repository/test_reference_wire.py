@@ -110,15 +110,17 @@ WRONG: dict[str, dict[str, Any]] = {
     "beam_width: 2 is not 1, the only value": {"beam_width": int32([2])},
     "num_return_sequences: 3 is not 1, the only value": {"num_return_sequences": int32([3])},
     "end_id: 50 is not at most 49": {"end_id": int32([50])},
-    "temperature: nan is not at least 0": {"temperature": np.float32([[np.nan]])},
+    "temperature: nan is not finite": {"temperature": np.float32([[np.nan]])},
     "temperature: -0.5 is not at least 0": {"temperature": np.float32([[-0.5]])},
-    "temperature: inf is not at least 0": {"temperature": np.float32([[np.inf]])},
+    "temperature: inf is not finite": {"temperature": np.float32([[np.inf]])},
+    "temperature: 1e-38 is too small": {"temperature": np.float32([[1e-38]])},
+    "repetition_penalty: 1e-38 is too small": {"repetition_penalty": np.float32([[1e-38]])},
     "runtime_top_k: -1 is not at least 0": {"runtime_top_k": int32([-1])},
     "runtime_top_p: 1.5 is not at least 0 and at most 1": {"runtime_top_p": np.float32([[1.5]])},
     "runtime_top_p: nan": {"runtime_top_p": np.float32([[np.nan]])},
     "repetition_penalty: 0 is not above 0": {"repetition_penalty": np.float32([[0]])},
-    "presence_penalty: nan is not a finite number": {"presence_penalty": np.float32([[np.nan]])},
-    "frequency_penalty: inf is not a finite number": {"frequency_penalty": np.float32([[np.inf]])},
+    "presence_penalty: nan is not finite": {"presence_penalty": np.float32([[np.nan]])},
+    "frequency_penalty: inf is not finite": {"frequency_penalty": np.float32([[np.inf]])},
     "min_tokens: -1 is not at least 0": {"min_tokens": int32([-1])},
     "stop_words_list: shape [2, 2] is not [1, 2, n]": {"stop_words_list": int32([1, 2], [1, -1])},
     "stop_words_list: the offsets [2, 1] do not rise": {"stop_words_list": int32([[1, 2], [2, 1]])},
@@ -137,6 +139,11 @@ def test_wrong_tensors_are_named(cause: str) -> None:
         wire.read_request(inputs(**WRONG[cause]), LIMITS)
     assert cause in error.value.cause
     assert "\n" not in error.value.cause + error.value.fix
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-6, 1e-5])
+def test_small_temperatures_that_work(value: float) -> None:
+    wire.read_request(inputs(temperature=np.float32([[value]])), LIMITS)
 
 
 def test_streaming_needs_a_decoupled_model() -> None:

@@ -176,6 +176,43 @@ async def test_only_and_skip(connected: list[StandInClient]) -> None:
         await run_checks(["grpc://x:1"], SUBJECT, only=["streeming"])
 
 
+async def test_nothing_to_run_is_an_error(connected: list[StandInClient]) -> None:
+    with pytest.raises(InputError, match="no check to run"):
+        await run_checks(["grpc://x:1"], SUBJECT, only=["parity"], skip=["parity"])
+    with pytest.raises(InputError, match="no check to run"):
+        await run_checks(["grpc://x:1"], SUBJECT, skip=list(CHECKS))
+
+
+@pytest.mark.parametrize("name", ["parity", "text"])
+async def test_a_comparison_that_is_asked_for_needs_a_source(connected: list[StandInClient], name: str) -> None:
+    with pytest.raises(InputError, match=f"check '{name}' has no source") as caught:
+        await run_checks(["grpc://x:1"], SUBJECT, only=["contract", name])
+    assert "--source" in caught.value.fix
+    assert connected == [], "said before anything is asked"
+
+
+@pytest.mark.parametrize(("given", "used"), [(3.0, 3.0), (60.0, 10.0)])
+async def test_questions_about_the_server_keep_the_time_limit(
+    connected: list[StandInClient], monkeypatch: pytest.MonkeyPatch, given: float, used: float
+) -> None:
+    limits: list[float | None] = []
+
+    def noted(name: str) -> Any:
+        method = getattr(StandInClient, name)
+
+        async def ask(self: StandInClient, *args: Any, timeout_s: float | None = None) -> Any:
+            limits.append(timeout_s)
+            return await method(self, *args)
+
+        return ask
+
+    for name in ("is_live", "is_ready", "models", "model_config"):
+        monkeypatch.setattr(StandInClient, name, noted(name))
+    only = ["contract", "streaming", "cancellation"]
+    await run_checks(["grpc://x:1"], replace(SUBJECT, timeout_s=given), only=only)
+    assert len(limits) > 8 and set(limits) == {used}
+
+
 async def test_an_error_in_a_check_fails_that_check_alone(
     connected: list[StandInClient], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,6 +69,22 @@ def test_wrong_usage_is_exit_code_2(urls: list[str], capsys: pytest.CaptureFixtu
         assert trtkit(capsys, *args)[0] == 2
 
 
+@pytest.mark.parametrize(
+    ("args", "cause"),
+    [
+        (["--only", "parity"], "error: check 'parity' has no source to compare with\n  fix: give --source DIR"),
+        (["--only", "parity", "--skip", "parity"], "leave no check to run"),
+        (["--only", "cancellation", "--engine", "nope"], "'cancellation' was asked for and cannot run: the server has"),
+    ],
+)
+def test_a_check_that_is_asked_for_must_run(
+    urls: list[str], capsys: pytest.CaptureFixture[str], args: list[str], cause: str
+) -> None:
+    code, out, err = trtkit(capsys, "--url", "grpc://x:1", *args, "--json")
+    assert code == 2 and cause in err
+    assert not out or json.loads(out)["passed"] is False
+
+
 def config_file(folder: Path) -> str:
     source = folder / "source"
     source.mkdir()
@@ -97,6 +113,9 @@ def test_a_config_finds_its_running_deployment(
         "models": [],
         "log_path": "l",
         "started_at": 0.0,
+        "token": "t",
+        "shm_prefix": "s",
+        "exit_timeout_s": 1,
     }
     state.write(state.make_folder("my-model"), record)
     code, out, _ = trtkit(capsys, *args)

@@ -21,6 +21,9 @@ from trtkit.repository.models.reference.generation import Generation, SamplingPa
 
 Array = npt.NDArray[Any]
 
+LEAST_DIVISOR = 1e-6
+"""Logits are divided by temperature and repetition penalty; by less than this they would leave the range of float32."""
+
 INPUTS = (
     "input_ids",
     "input_lengths",
@@ -207,7 +210,9 @@ class _Rows:
         if values is None:
             return [default] * self._rows
         for value in values:
-            if not math.isfinite(value) or not least <= value <= most:
+            if not math.isfinite(value):
+                raise InputError(f"{name}: {value} is not finite", "")
+            if not least <= value <= most:
                 raise InputError(f"{name}: {value} is not {_span(least, most)}", "")
         return values
 
@@ -262,7 +267,15 @@ def _sampling(rows: _Rows) -> list[SamplingParams]:
     )
     if 0 in columns[3]:
         raise InputError("repetition_penalty: 0 is not above 0", "send 1 for no penalty")
+    _not_tiny("temperature", columns[0], "send 0 for greedy")
+    _not_tiny("repetition_penalty", columns[3], "send 1 for no penalty")
     return [SamplingParams(*values) for values in zip(*columns, strict=True)]
+
+
+def _not_tiny(name: str, values: Sequence[float], fix: str) -> None:
+    for value in values:
+        if 0 < value < np.float32(LEAST_DIVISOR):
+            raise InputError(f"{name}: {value:g} is too small", f"{fix}, or at least {LEAST_DIVISOR:g}")
 
 
 def _words(inputs: Mapping[str, Array], name: str, rows: int, limits: Limits) -> list[list[Word]]:
