@@ -7,6 +7,7 @@ import http.server
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -113,6 +114,14 @@ def send_and_leave(deployment: Deployment, model: str) -> http.client.HTTPConnec
     return connection
 
 
+def _has_ipv6_loopback() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
 def eventually(what: Callable[[], object], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not what():
@@ -175,6 +184,26 @@ def test_up_twice_down_twice_and_a_neighbour(tmp_path: Path, state_folder: Path)
     with pytest.raises(InputError, match="no deployment 'third'; known: first, second"):
         local.down("third")
     assert (state_folder / "deployments" / "first").stat().st_mode & 0o077 == 0
+
+
+def test_a_repository_with_a_blank_and_an_accent_in_its_path(tmp_path: Path, state_folder: Path) -> None:
+    models = repository(tmp_path / "sp ace é" / "models", DOUBLE)
+    deployment = local.up(local.ServerSpec("odd", models))
+    assert double(deployment, [1, 21]) == [2, 42]
+    assert deployment.repository == str(models)
+    local.down("odd")
+    assert nothing_left(state_folder / "deployments" / "odd")
+    assert list((state_folder / "deployments" / "odd").glob("trtkit-alias-*")) == []
+
+
+@pytest.mark.skipif(not _has_ipv6_loopback(), reason="no IPv6 loopback")
+def test_ipv6(tmp_path: Path) -> None:
+    with local.running_server(repository(tmp_path / "models", DOUBLE), host="::1") as deployment:
+        assert deployment.http_url.startswith("http://[::1]:")
+        for port in _ports(deployment):
+            socket.create_connection(("::1", port), timeout=10).close()
+            with pytest.raises(OSError, match="refused"):
+                socket.create_connection(("127.0.0.1", port), timeout=10)
 
 
 def _ports(deployment: Deployment) -> tuple[int, int, int]:

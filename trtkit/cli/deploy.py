@@ -74,12 +74,14 @@ def up(config_file: Path, wait: bool, dry_run: bool, as_json: bool, **options: A
       trtkit deploy up llama-8b.yaml --repository ./models --engine ./engine --target docker
     """
     from trtkit.config import load_config
-    from trtkit.deploy import docker, local
+    from trtkit.deploy import docker, local, ports
 
     config = load_config(config_file)
     if dry_run:
         _print_plan(config, as_json, options)
         return
+    local.forget_transient()
+    ports.choose(config.deploy.host, [0])  # refuses a host that is none
     _warn_of_exposure(config.deploy.host)
     if _target(config, options) == "local":
         deployment = local.up(_local_spec(config, options), wait=wait, on_progress=note)
@@ -125,9 +127,11 @@ def status(name: str | None, as_json: bool) -> None:
       trtkit deploy status
       trtkit deploy status tiny-llama --json
     """
-    from trtkit.deploy import state
+    from trtkit.deploy import local
 
-    found = [_room(name).status(name)] if name else [_look(each) for each in state.names()]
+    if name is None:
+        local.forget_transient()
+    found = [_room(name).status(name)] if name else _look_at_all()
     if as_json:
         print_json(found[0].to_dict() if name else [deployment.to_dict() for deployment in found])
         return
@@ -140,7 +144,9 @@ def status(name: str | None, as_json: bool) -> None:
     ]
     print_table(("name", "target", "state", "HTTP", "gRPC"), rows)
     for deployment in found:
-        if deployment.reason:
+        if deployment.phase == "unknown":
+            note(f"{deployment.name}: {deployment.reason}")
+        elif deployment.reason:
             note(f"{deployment.name}: {deployment.reason} (log: {deployment.log_path})")
 
 
@@ -162,20 +168,27 @@ def logs(name: str, follow: bool, lines: int) -> None:
 @command.command()
 @click.argument("name", required=False)
 @click.option("--all", "everything", is_flag=True, help="Stop every deployment that runs.")
+@click.option("--forget", is_flag=True, help="Remove its record and log too; with --all those of all that are over.")
+@dry_run_option
 @json_option
-def down(name: str | None, everything: bool, as_json: bool) -> None:
+def down(name: str | None, everything: bool, forget: bool, dry_run: bool, as_json: bool) -> None:
     """Stop a deployment and wait until nothing of it is left.
 
     \b
     Example:
       trtkit deploy down tiny-llama
-      trtkit deploy down --all
+      trtkit deploy down --all --forget
     """
-    from trtkit.deploy import state
+    from trtkit.deploy import local
 
     if bool(name) == everything:
         raise click.UsageError("give the NAME of a deployment, or --all")
-    running = [] if name else [one for one in map(_look, state.names()) if one.running]
+    if dry_run:
+        _print_what_would_stop(name, forget, as_json)
+        return
+    if name is None:
+        local.forget_transient()
+    running = [] if name else [one for one in _look_at_all() if one.running]
     # Those that need no docker first, which might not answer.
     names = [name] if name else [one.name for one in sorted(running, key=lambda one: one.target != "local")]
     stopped = []
@@ -186,11 +199,46 @@ def down(name: str | None, everything: bool, as_json: bool) -> None:
         stopped.append(deployment)
         if not as_json:
             what = "stopped" if was_running else f"was not running ({deployment.phase})"
-            click.echo(f"{each}: {what}")
+            click.echo(f"{each}: {deployment.reason if deployment.phase == 'unknown' else what}")
+    if forget:
+        _forget(name)
     if as_json:
         print_json([deployment.to_dict() for deployment in stopped])
     elif not names:
         click.echo("nothing is running")
+
+
+def _print_what_would_stop(name: str | None, forget: bool, as_json: bool) -> None:
+    """From the records alone: looking at a deployment more closely would clear away what is left of a crashed one."""
+    from trtkit.deploy import state
+    from trtkit.deploy.deployment import damaged, from_record
+
+    known = {each: state.read(state.folder_of(each)) for each in ([name] if name else state.names())}
+    found = [damaged(each) if record is None else from_record(record) for each, record in known.items()]
+    shown = [one for one in found if name or one.running or forget]
+    if as_json:
+        print_json([one.to_dict() for one in shown])
+        return
+    for one in shown:
+        where = f"container {one.container}" if one.target == "docker" else f"process {one.pid}"
+        over = "would clear away its damaged record" if one.phase == "unknown" else f"is not running ({one.phase})"
+        also = " and forget it" if forget and one.phase != "unknown" else ""
+        click.echo(f"{one.name}: {f'would stop {where}' if one.running else over}{also}")
+    if not shown:
+        click.echo("nothing is running")
+
+
+def _forget(name: str | None) -> None:
+    """Forgets a deployment that is over, or all that are."""
+    from contextlib import suppress
+
+    from trtkit.deploy import local, state
+    from trtkit.errors import InputError
+
+    for each in [name] if name else state.names():
+        with suppress(InputError):  # a damaged one went with `down`
+            if local.forget(each):
+                note(f"{each}: forgotten")
 
 
 def _room(name: str) -> ModuleType:
@@ -201,18 +249,24 @@ def _room(name: str) -> ModuleType:
     return docker if record.get("target") == "docker" else local
 
 
-def _look(name: str) -> Deployment:
-    """Status for a list: a docker that does not answer hides only its own deployments."""
+def _look_at_all() -> list[Deployment]:
+    """Status of all: a docker that does not answer hides only its own deployments."""
     from dataclasses import replace
 
     from trtkit.deploy import state
     from trtkit.deploy.deployment import from_record
-    from trtkit.errors import LacksError
+    from trtkit.errors import InputError, LacksError
 
-    try:
-        found: Deployment = _room(name).status(name)
-    except LacksError as error:
-        return replace(from_record(state.read(state.folder_of(name)) or {}), reason=error.cause)
+    found = []
+    for name in state.names():
+        record = state.read(state.folder_of(name))
+        try:
+            found.append(_room(name).status(name))
+        except LacksError as error:
+            if record is not None:
+                found.append(replace(from_record(record), reason=error.cause))
+        except InputError:  # forgotten meanwhile
+            continue
     return found
 
 
@@ -243,6 +297,8 @@ def _print_plan(config: BuildConfig, as_json: bool, options: dict[str, Any]) -> 
 
     if _target(config, options) == "docker":
         run = docker.render(config, options["repository"], options["engine"], **_docker_options(options))
+        for finding in run.findings:
+            note(f"{finding.severity}: {finding.cause} (fix: {finding.fix})")
         data, line = run.to_dict(), run.shell_line()
     else:
         argv = local.plan(_local_spec(config, options))

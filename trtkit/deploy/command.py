@@ -7,6 +7,7 @@ block per rank): triton-inference-server/tensorrtllm_backend, scripts/launch_tri
 from __future__ import annotations
 
 from collections.abc import Sequence
+from ipaddress import IPv6Address
 
 
 def server_arguments(
@@ -37,11 +38,11 @@ def server_arguments(
         "--exit-on-error=true",
         "--strict-readiness=true",
         f"--exit-timeout-secs={exit_timeout_s}",
-        f"--http-address={host}",
+        f"--http-address={_http_address(host)}",
         f"--http-port={http_port}",
-        f"--grpc-address={host}",
+        f"--grpc-address={_grpc_address(host)}",
         f"--grpc-port={grpc_port}",
-        f"--metrics-address={host}",
+        f"--metrics-address={_http_address(host)}",
         f"--metrics-port={metrics_port}",
         "--allow-sagemaker=false",
         "--allow-vertex-ai=false",
@@ -84,6 +85,24 @@ def mpi_command(
             block += ["--allow-http=false", "--allow-grpc=false", "--allow-metrics=false"]
         command += ["-n", "1", server, *block]
     return command
+
+
+def _http_address(host: str) -> str:
+    """IPv6 as libevhtp wants it, which serves HTTP and metrics (evhtp.c, evhtp_bind_socket)."""
+    return f"ipv6:{host}" if _is_ipv6(host) else host
+
+
+def _grpc_address(host: str) -> str:
+    """IPv6 in brackets, so that the port can follow."""
+    return f"[{host}]" if _is_ipv6(host) else host
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        IPv6Address(host)
+    except ValueError:
+        return False
+    return True
 
 
 _LEADER_ONLY = (

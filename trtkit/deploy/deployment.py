@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from trtkit.deploy import processes, state
+from trtkit.deploy import alias, processes, state
 from trtkit.deploy.readiness import url_host
 from trtkit.errors import InputError
 
@@ -20,9 +20,9 @@ class Deployment:
     """One server and where to reach it.
 
     Attributes:
-        target: `local` or `docker`.
+        target: `local` or `docker`; `unknown` with a damaged record.
         phase: starting, running, stopping; or, when it is over, stopped (on request), failed (the server ended by
-            itself), crashed (its supervisor was killed).
+            itself), crashed (its supervisor was killed). `unknown` with a damaged record.
         ready: every model answers as ready; False when nobody asked.
         pid, supervisor_pid: processes of the local target.
         container: name of the container of the docker target.
@@ -54,7 +54,7 @@ class Deployment:
 
     @property
     def running(self) -> bool:
-        return self.phase not in state.ENDED
+        return self.phase in state.LIVE
 
     @property
     def http_url(self) -> str:
@@ -83,11 +83,36 @@ def from_record(record: Mapping[str, Any]) -> Deployment:
 def unknown(name: str) -> InputError:
     """The error for a name that no record has."""
     names = state.names()
-    near = difflib.get_close_matches(name, names, n=1)
+    near = difflib.get_close_matches(name, [other for other in names if other != name], n=1)
     if near:
         return InputError(f"no deployment '{name}'", f"did you mean '{near[0]}'? `trtkit deploy status` lists all")
     listed = f"known: {', '.join(names)}" if names else "nothing was deployed from here yet"
     return InputError(f"no deployment '{name}'; {listed}", "start one with `trtkit deploy up CONFIG --repository DIR`")
+
+
+def damaged(name: str) -> Deployment:
+    """What can be said of a deployment whose record cannot be read.
+
+    Raises:
+        InputError: there is no record at all.
+    """
+    if name not in state.names():
+        raise unknown(name)
+    folder = state.folder_of(name)
+    return Deployment(
+        name,
+        target="unknown",
+        phase="unknown",
+        host="",
+        http_port=0,
+        grpc_port=0,
+        metrics_port=0,
+        repository="",
+        models=(),
+        log_path=str(folder / "server.log"),
+        started_at=0.0,
+        reason=f"its record {folder / 'state.json'} is damaged; `trtkit deploy down {name}` clears it away",
+    )
 
 
 def settled(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
@@ -111,6 +136,7 @@ def clear_crashed(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     """
     processes.kill_members(record["token"])
     processes.remove_shared_memory(record["shm_prefix"])
+    alias.remove(record.get("alias"))
     record = record | {"phase": "crashed", "reason": "its processes died without a word", "ended_at": time.time()}
     state.write(folder, record)
     return record

@@ -55,10 +55,10 @@ def up(
         LacksError: no docker, no image, a port is taken.
         CheckFailedError: the server ended or was not ready in time; the cause quotes its log.
     """
-    folder = state.make_folder(options.get("name") or config.name)
+    for finding in render(config, repository, engine, **options).findings:
+        raise InputError(finding.cause, finding.fix)
     models = readiness.models_of(Path(repository).resolve())
-    if engine is not None and not Path(engine).is_dir():
-        raise InputError(f"no engine at {engine}", "compile one with `trtkit build`")
+    folder = state.make_folder(options.get("name") or config.name)
     lock = state.acquire(folder, patience_s=1.0)
     if lock is None:
         raise InputError(

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtkit import releases
-from trtkit.deploy import state
+from trtkit.deploy import engine_mount, state
 from trtkit.deploy.command import mpi_command, server_arguments
 from trtkit.deploy.supervisor import STOP_MARGIN_S
 from trtkit.docker_cli import ULIMITS, Mount, gpus_option
 from trtkit.errors import InputError
+from trtkit.findings import Finding
 
 if TYPE_CHECKING:
     from trtkit.config import BuildConfig
@@ -37,6 +38,7 @@ class DockerRun:
         pass_environment: variables handed on by name, so that no value stands in an argument list.
         user: `--user`; None keeps the image's.
         stop_timeout_s: from SIGTERM to SIGKILL.
+        findings: warnings about what does not exist yet; the container cannot start before it does.
     """
 
     name: str
@@ -50,6 +52,7 @@ class DockerRun:
     pass_environment: tuple[str, ...]
     user: str | None
     stop_timeout_s: int
+    findings: tuple[Finding, ...] = ()
 
     @property
     def container(self) -> str:
@@ -101,7 +104,7 @@ def render(
     pass_environment: Sequence[str] = (),
     user: str | None = None,
 ) -> DockerRun:
-    """The container that serves `repository` as `config.deploy` says. Touches nothing.
+    """The container that serves `repository` as `config.deploy` says. Reads what exists, and touches nothing.
 
     Args:
         repository: mounted read-only at its own path.
@@ -112,7 +115,8 @@ def render(
         user: as in `docker run --user`.
 
     Raises:
-        InputError: a runtime that needs trtkit inside, GPUs that do not fit, a name that cannot be handed on.
+        InputError: a runtime that needs trtkit inside, GPUs that do not fit, a name that cannot be handed on, a folder
+            without an engine, or one mounted elsewhere than the repository looks.
     """
     if config.serving.runtime == "reference":
         raise InputError(
@@ -122,15 +126,12 @@ def render(
     deploy = config.deploy
     world_size = config.checkpoint.tp * config.checkpoint.pp
     chosen = state.folder_of(name or config.name).name
-    mounts = [Mount(Path(repository).resolve(), str(Path(repository).resolve()))]
-    if engine is not None:
-        mounts.append(Mount(Path(engine).resolve(), model_path_in_container or str(Path(engine).resolve())))
-    for mount in mounts:
-        if not mount.target.startswith("/"):
-            raise InputError(f"'{mount.target}' is not an absolute path inside the container", "begin it with /")
+    mounts = _mounts(repository, engine, model_path_in_container)
     for variable in pass_environment:
         if _VARIABLE.fullmatch(variable) is None:
             raise InputError(f"'{variable}' is not the name of a variable", "give the name alone, without a value")
+    resolved = None if engine is None else mounts[1].source
+    findings = engine_mount.check(mounts[0].source, resolved, mounts[-1].target)
     arguments = server_arguments(
         str(mounts[0].source),
         host="0.0.0.0",  # noqa: S104 - inside the container; the published ports decide who gets in
@@ -154,7 +155,18 @@ def render(
         pass_environment=tuple(pass_environment),
         user=user,
         stop_timeout_s=deploy.exit_timeout_s + int(STOP_MARGIN_S),
+        findings=tuple(findings),
     )
+
+
+def _mounts(repository: str | Path, engine: str | Path | None, target: str | None) -> list[Mount]:
+    mounts = [Mount(Path(repository).resolve(), str(Path(repository).resolve()))]
+    if engine is not None:
+        mounts.append(Mount(Path(engine).resolve(), target or str(Path(engine).resolve())))
+    for mount in mounts:
+        if not mount.target.startswith("/"):
+            raise InputError(f"'{mount.target}' is not an absolute path inside the container", "begin it with /")
+    return mounts
 
 
 def _enough_gpus(ids: Sequence[str] | None, world_size: int) -> Sequence[str] | None:

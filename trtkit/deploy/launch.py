@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import trtkit
-from trtkit.deploy import ports, processes, readiness, serverlog, state
+from trtkit.deploy import alias, ports, processes, readiness, serverlog, state
 from trtkit.deploy.command import server_arguments
 from trtkit.deploy.deployment import Deployment, clear_crashed, from_record
 from trtkit.deploy.server import Server, environment, find_server, prepared
@@ -24,6 +24,9 @@ from trtkit.errors import CheckFailedError, InputError, LacksError
 
 Progress = Callable[[str], None]
 PORT_ATTEMPTS = 5
+STUB_GRACE_S = 5.0
+"""From a stub's death to giving up on a server that does not end by itself."""
+
 _LINT = "check the repository with `trtkit repo lint`"
 
 
@@ -43,6 +46,7 @@ class ServerSpec:
         log_path: None keeps `server.log` in the deployment's state folder.
         private_backends: keep the python backend's stub out of site-packages, in the user's cache.
         log_verbose: the server's verbosity, 0 to 3.
+        transient: of a run that is over with this process: its record is forgotten some time after that.
     """
 
     name: str
@@ -58,6 +62,7 @@ class ServerSpec:
     log_path: str | Path | None = None
     private_backends: bool = False
     log_verbose: int = 0
+    transient: bool = False
 
     @property
     def ports(self) -> tuple[int, int, int]:
@@ -132,7 +137,7 @@ def start(spec: ServerSpec, *, wait: bool, on_progress: Progress | None) -> Laun
             clear_crashed(folder, old)
         server = prepared(find_server(spec.tritonserver), private=spec.private_backends)
         for _ in range(PORT_ATTEMPTS if 0 in spec.ports else 1):
-            _fresh_log(log)
+            serverlog.begin(log)
             with suppress(_PortTakenError):
                 return _attempt(spec, server, models, folder, lock, wait, on_progress)
             if on_progress:
@@ -142,12 +147,14 @@ def start(spec: ServerSpec, *, wait: bool, on_progress: Progress | None) -> Laun
         os.close(lock)  # from here on the supervisor alone holds it, if there is one
 
 
-def command_of(spec: ServerSpec, server: Server, chosen: Sequence[int], token: str) -> list[str]:
-    """The command line of the server."""
+def command_of(
+    spec: ServerSpec, server: Server, chosen: Sequence[int], token: str, link: Path | None = None
+) -> list[str]:
+    """The command line of the server, which finds its models at `link` where there is one."""
     return [
         str(server.binary),
         *server_arguments(
-            str(spec.repository),
+            str(link or spec.repository),
             host=spec.host,
             http_port=chosen[0],
             grpc_port=chosen[1],
@@ -187,8 +194,37 @@ def _attempt(
 ) -> Launch:
     """One try on one choice of ports. Whatever goes wrong, Ctrl-C too, nothing is left running."""
     chosen = ports.choose(spec.host, spec.ports)
+    link = alias.make(Path(spec.repository), folder)
+    try:
+        record = _record(spec, server, models, chosen, link)
+        state.write(folder, record)
+        launch = _start_supervisor(folder, lock, record)
+    except BaseException:
+        alias.remove(str(link))
+        raise
+    try:
+        marked = {processes.MARKER: record["token"]}
+        order = {"folder": str(folder), "env": environment(server, marked, spec.pass_environment), "record": record}
+        with suppress(BrokenPipeError):  # it died at once; the wait below says so
+            launch.lifeline.write(json.dumps(order).encode() + b"\n")
+            launch.lifeline.flush()
+        _await_process(launch)
+        if wait:
+            _await_ready(launch, spec, on_progress)
+    except BaseException:
+        launch.stop()
+        alias.remove(str(link))  # if it died before it had its order
+        raise
+    return launch
+
+
+def _record(
+    spec: ServerSpec, server: Server, models: list[str], chosen: Sequence[int], link: Path | None
+) -> dict[str, Any]:
+    """The record of a start that is about to happen."""
     token = uuid.uuid4().hex[:16]
-    record: dict[str, Any] = {
+    owner = (os.getpid(), processes.start_time(os.getpid()))
+    return {
         "name": spec.name,
         "target": "local",
         "phase": "starting",
@@ -200,29 +236,13 @@ def _attempt(
         "repository": str(spec.repository),
         "models": models,
         "log_path": str(spec.log_path),
-        "argv": command_of(spec, server, chosen, token),
+        "argv": command_of(spec, server, chosen, token, link),
         "shm_prefix": _shm_prefix(token),
         "exit_timeout_s": spec.exit_timeout_s,
+        "alias": None if link is None else str(link),
+        "transient_of": owner if spec.transient else None,
         "started_at": time.time(),
     }
-    state.write(folder, record)
-    launch = _start_supervisor(folder, lock, record)
-    try:
-        order = {
-            "folder": str(folder),
-            "env": environment(server, {processes.MARKER: token}, spec.pass_environment),
-            "record": record,
-        }
-        with suppress(BrokenPipeError):  # it died at once; the wait below says so
-            launch.lifeline.write(json.dumps(order).encode() + b"\n")
-            launch.lifeline.flush()
-        _await_process(launch)
-        if wait:
-            _await_ready(launch, spec, on_progress)
-    except BaseException:
-        launch.stop()
-        raise
-    return launch
 
 
 def _start_supervisor(folder: Path, lock: int, record: dict[str, Any]) -> Launch:
@@ -264,18 +284,21 @@ def _await_ready(launch: Launch, spec: ServerSpec, on_progress: Progress | None)
     deployment, log = launch.deployment, Path(launch.deployment.log_path)
     deadline = time.monotonic() + spec.ready_timeout_s
     told = ""
+    how, doomed_at = None, None
     while True:
         missing = ["server"]
         if owns_ports(deployment):  # otherwise another server might answer
             missing = readiness.not_ready(deployment.host, deployment.http_port, deployment.models)
         record = state.read(launch.folder) or {}
         if record.get("phase") in state.ENDED or launch.supervisor.poll() is not None:
-            if serverlog.port_taken(serverlog.read_end(log)):
-                raise _PortTakenError
-            raise failure(spec.name, log, record.get("reason") or "the server died while it started")
+            raise _why_it_ended(launch, record, log)
         if not missing:
             return
         now = _waiting_for(log, missing, deployment.models)
+        if doomed_at is None and (how := serverlog.died(serverlog.read_end(log))) is not None:
+            doomed_at = time.monotonic()
+        if doomed_at is not None and time.monotonic() >= doomed_at + STUB_GRACE_S:
+            raise failure(spec.name, log, f"a process of the server died while {now}: {how}")
         if time.monotonic() >= deadline:
             late = f"not ready after {spec.ready_timeout_s:g} s, still {now}"
             raise failure(spec.name, log, late, f"raise deploy.ready_timeout_s, or {_LINT}")
@@ -283,6 +306,21 @@ def _await_ready(launch: Launch, spec: ServerSpec, on_progress: Progress | None)
             told = now
             on_progress(now)
         time.sleep(0.1)
+
+
+def _why_it_ended(launch: Launch, record: dict[str, Any], log: Path) -> Exception:
+    """The error for a server that ended before it was ready."""
+    text, name, reason = serverlog.read_end(log), launch.deployment.name, record.get("reason")
+    if serverlog.port_taken(text):
+        return _PortTakenError()
+    if (record.get("exit_code") or 0) >= 0 and record.get("phase") == "failed" and not serverlog.is_triton(text):
+        said = "".join(f"\n  it said: {line}" for line in serverlog.tail(log, 2))
+        return CheckFailedError(
+            f"deployment '{name}': {record['argv'][0]} is no tritonserver, or cannot run here: {reason}, and nothing "
+            f"was started{said}",
+            f"check --tritonserver and the variable TRITONSERVER; the whole log is {log}",
+        )
+    return failure(name, log, reason or "the server died while it started")
 
 
 def _waiting_for(log: Path, missing: list[str], models: Sequence[str]) -> str:
@@ -298,17 +336,6 @@ def _waiting_for(log: Path, missing: list[str], models: Sequence[str]) -> str:
 
 def _shm_prefix(token: str) -> str:
     return f"trtkit_{token}_"
-
-
-def _fresh_log(log: Path) -> None:
-    """An empty log that only its owner reads; the last one is kept beside it."""
-    try:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        if log.exists() and log.stat().st_size:
-            log.replace(log.with_name(log.name + ".previous"))
-        os.close(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
-    except OSError as error:
-        raise LacksError(f"cannot write the log {log}: {error.strerror}", "choose another folder") from error
 
 
 def _already_running(folder: Path, name: str) -> InputError:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtkit.deploy import launch, processes, readiness, serverlog, state
-from trtkit.deploy.deployment import Deployment, from_record, settled, unknown
+from trtkit.deploy.deployment import Deployment, damaged, from_record, settled, unknown
 from trtkit.deploy.launch import Progress, ServerSpec
 from trtkit.deploy.server import find_server
 from trtkit.deploy.supervisor import STOP_MARGIN_S
@@ -34,6 +34,8 @@ __all__ = [
     "Deployment",
     "ServerSpec",
     "down",
+    "forget",
+    "forget_transient",
     "list_deployments",
     "logs",
     "plan",
@@ -116,11 +118,13 @@ def running_server(
     It also goes when this process dies inside the block, by whatever signal.
 
     Args:
-        name: shown by `trtkit deploy status` meanwhile; None makes one up, and forgets it on a good exit.
+        name: shown by `trtkit deploy status` meanwhile; None makes one up, which is forgotten on a good
+            exit, or once this process is gone.
         options: further fields of `ServerSpec`.
 
     Raises: as `up`.
     """
+    forget_transient()
     chosen = name or f"run-{os.getpid()}-{next(_run_numbers)}"
     spec = ServerSpec(
         chosen,
@@ -128,6 +132,7 @@ def running_server(
         exit_timeout_s=exit_timeout_s,
         ready_timeout_s=ready_timeout_s,
         log_path=log_path,
+        transient=name is None,
         **options,
     )
     started = launch.start(spec, wait=True, on_progress=on_progress)
@@ -138,7 +143,7 @@ def running_server(
         raise
     started.stop()
     if name is None:
-        _forget(started.folder)
+        forget(chosen)
 
 
 def status(name: str) -> Deployment:
@@ -150,7 +155,7 @@ def status(name: str) -> Deployment:
     folder = state.folder_of(name)
     record = state.read(folder)
     if record is None:
-        raise unknown(name)
+        return damaged(name)
     deployment = from_record(settled(folder, record))
     if deployment.phase != "running" or not launch.owns_ports(deployment):
         return deployment
@@ -169,7 +174,8 @@ def list_deployments() -> list[Deployment]:
 
 
 def down(name: str, *, on_progress: Progress | None = None) -> Deployment:
-    """Stops a deployment and waits until nothing of it is left. Stopping a stopped one is fine.
+    """Stops a deployment and waits until nothing of it is left. Stopping a stopped one is fine. A damaged record is
+    removed.
 
     Running requests get the exit timeout to finish; after that, and a margin, everything is killed.
 
@@ -180,7 +186,7 @@ def down(name: str, *, on_progress: Progress | None = None) -> Deployment:
     folder = state.folder_of(name)
     record = state.read(folder)
     if record is None:
-        raise unknown(name)
+        return _clear_damaged(folder)
     if state.is_locked(folder):
         patience = record["exit_timeout_s"] + STOP_MARGIN_S
         if on_progress:
@@ -205,9 +211,7 @@ def logs(name: str, lines: int, *, follow: bool = False) -> Iterator[str]:
     """
     folder = state.folder_of(name)
     record = state.read(folder)
-    if record is None:
-        raise unknown(name)
-    path = Path(record["log_path"])
+    path = Path(damaged(name).log_path if record is None else record["log_path"])
     if follow and path.exists():
         yield from serverlog.follow(path, lines, lambda: state.is_locked(folder))
     else:
@@ -221,11 +225,47 @@ def _signal_supervisor(record: dict[str, Any], number: int) -> None:
         processes.send(pid, number)
 
 
-def _forget(folder: Path) -> None:
+def forget(name: str) -> bool:
+    """Removes the record and the log of a deployment that is over, of either target; False when it is not over.
+
+    Raises:
+        InputError: nothing of this name was ever deployed.
+    """
+    if name not in state.names():
+        raise unknown(name)
+    folder = state.folder_of(name)
     lock = state.acquire(folder, patience_s=1.0)
-    if lock is not None:
-        state.remove(folder)
+    if lock is None:
+        return False
+    try:
+        record = state.read(folder)
+        over = record is None or record["phase"] in state.ENDED
+        if over:
+            state.remove(folder)
+        return over
+    finally:
         os.close(lock)
+
+
+def forget_transient() -> None:
+    """Forgets the runs with made-up names whose process is gone. A living one may still show its log to somebody."""
+    for name in state.names():
+        record = state.read(state.folder_of(name)) or {}
+        owner = record.get("transient_of")
+        if owner and processes.start_time(owner[0]) != owner[1]:
+            with suppress(InputError):  # somebody else was faster
+                settled(state.folder_of(name), record)
+                forget(name)
+
+
+def _clear_damaged(folder: Path) -> Deployment:
+    deployment = damaged(folder.name)
+    if not forget(folder.name):
+        raise CheckFailedError(
+            f"deployment '{folder.name}' may run, and its record {folder / 'state.json'} is damaged",
+            f"see `fuser {folder / 'lock'}` for its supervisor, end that process, and run this again",
+        )
+    return replace(deployment, reason="its damaged record was cleared away")
 
 
 def _reap_left_running() -> None:

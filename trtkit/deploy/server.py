@@ -20,7 +20,11 @@ STUB = "triton_python_backend_stub"
 # What a server may know of the caller's environment. Everything else stays out, above all tokens and passwords.
 _PASSED = ("HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "USER", "HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME")
 _PASSED_PREFIXES = ("CUDA_", "NVIDIA_", "NCCL_", "UCX_", "OMPI_", "OPAL_", "PMIX_", "TRTLLM_", "TLLM_", "OMP_", "MKL_")
-_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(^|_)KEY(_|$)", re.IGNORECASE)
+_SECRET = re.compile(
+    r"TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|APIKEY"
+    r"|(^|_)(KEYS?|PASS|PWD|PAT|PIN|AUTH|CREDS?|CERT|COOKIE|LOGIN)(_|$)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)

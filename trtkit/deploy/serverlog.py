@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from trtkit.errors import LacksError
 
 # glog's form, which Triton writes: severity, month and day, time, process, file:line] "text"
 _LINE = re.compile(r'^([IWEF])\d{4} [\d:.]+ +\d+ [\w./-]+:\d+\] "?(.*?)"?$')
@@ -18,6 +21,8 @@ _LOADED = re.compile(r"successfully loaded '([^']+)'")
 # Never the reason for anything: the first three are said at every start without a GPU.
 # The last one only says that there is a reason elsewhere.
 _NOISE = ("CudaDriverHelper", "NVML", "DCGM", "failed to load all models")
+_NO_ADDRESS = "Name or service not known"  # which gRPC then reports as a port in use
+_DIED = re.compile(r"^terminate called after throwing an instance of '([^']+)'\n(?:  what\(\):  (.*))?", re.MULTILINE)
 _TAKEN = re.compile(r"already in use|address already in use", re.IGNORECASE)
 
 
@@ -27,6 +32,21 @@ class Loading:
 
     begun: tuple[str, ...]
     done: tuple[str, ...]
+
+
+def begin(log: Path) -> None:
+    """An empty log that only its owner reads; the last one is kept beside it.
+
+    Raises:
+        LacksError: it cannot be written.
+    """
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        if log.exists() and log.stat().st_size:
+            log.replace(log.with_name(log.name + ".previous"))
+        os.close(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+    except OSError as error:
+        raise LacksError(f"cannot write the log {log}: {error.strerror}", "choose another folder") from error
 
 
 def read_end(path: Path, limit: int = 1 << 20) -> str:
@@ -72,7 +92,21 @@ def follow(path: Path, lines: int, alive: Callable[[], bool]) -> Iterator[str]:
 
 def port_taken(text: str) -> bool:
     """Whether the server gave up because another process has one of its ports."""
-    return any(_TAKEN.search(line) for line in _errors(text))
+    return _NO_ADDRESS not in text and any(_TAKEN.search(line) for line in _errors(text))
+
+
+def is_triton(text: str) -> bool:
+    """Whether a Triton server spoke at all: it logs in its own form before it does anything."""
+    return any(_LINE.match(line) for line in text.splitlines())
+
+
+def died(text: str) -> str | None:
+    """How a process of the server was ended by an exception that nobody caught, such as a model's stub.
+
+    The server itself may never notice and wait for the stub for ever.
+    """
+    found = _DIED.search(text)
+    return None if found is None else f"terminated by {found[1]}" + (f": {found[2].strip()}" if found[2] else "")
 
 
 def loading(text: str) -> Loading:

@@ -21,8 +21,21 @@ from typing import Any
 from trtkit.errors import InputError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # the same names as trtkit.config.NAME_PATTERN; a test compares
+LIVE = frozenset({"starting", "running", "stopping"})
 ENDED = frozenset({"stopped", "failed", "crashed"})
-"""Phases of a deployment that is over. The others: `starting`, `running`, `stopping`."""
+"""Phases of a deployment that lives, and of one that is over."""
+
+# What a record must hold, so that nobody after `read` meets a hole in it.
+_HOLDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("name", "target", "phase", "host", "repository", "log_path"), str),
+    **dict.fromkeys(("http_port", "grpc_port", "metrics_port"), int),
+    "models": list,
+    "started_at": (int, float),
+}
+_HOLDS_TOO: dict[str, dict[str, type]] = {
+    "local": {"token": str, "shm_prefix": str, "exit_timeout_s": int},
+    "docker": {"container": str, "stop_timeout_s": int},
+}
 
 
 def state_dir() -> Path:
@@ -54,7 +67,7 @@ def make_folder(name: str) -> Path:
 
 
 def names() -> list[str]:
-    """Deployments that have a record, running or not."""
+    """Deployments that have a record, running or not, even one that cannot be read."""
     try:
         folders = list((state_dir() / "deployments").iterdir())
     except OSError:
@@ -63,12 +76,23 @@ def names() -> list[str]:
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The record, or None when there is none that can be read."""
+    """The record, or None when there is none that can be read, or it is damaged."""
     try:
         record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) else None
+    return record if _is_whole(record) else None
+
+
+def _is_whole(record: object) -> bool:
+    """Whether a record holds what it must. The token may not be empty: by it processes are found and killed."""
+    if not isinstance(record, dict) or record.get("phase") not in LIVE | ENDED:
+        return False
+    target = record.get("target")
+    if target not in ("local", "docker"):
+        return False
+    holds = _HOLDS | _HOLDS_TOO[target]
+    return all(isinstance(record.get(key), kind) for key, kind in holds.items()) and record.get("token") != ""
 
 
 def write(folder: Path, record: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from trtkit.deploy import processes, state
+from trtkit.deploy import alias, processes, state
 
 STOP_MARGIN_S = 5.0
 """Time beyond the server's own exit timeout before it is killed."""
@@ -48,6 +48,7 @@ def main() -> int:
     try:
         server = _start_server(order)
     except OSError as error:
+        alias.remove(record.get("alias"))
         _finish(folder, record, "failed", None, f"cannot start {record['argv'][0]}: {error.strerror}")
         let_go()
         return 1
@@ -61,6 +62,7 @@ def main() -> int:
     processes.kill_members(record["token"], session=server.pid, parent=os.getpid(), spare={guard})
     _reap(exits)
     processes.remove_shared_memory(record["shm_prefix"])
+    alias.remove(record.get("alias"))
     server.returncode = exits.get(server.pid, -signal.SIGKILL)
     _finish(folder, record, "failed" if asked is None else "stopped", server.returncode, asked or "")
     let_go()
@@ -125,6 +127,7 @@ def _guard(reader: int, writer: int, folder: Path, record: dict[str, Any]) -> No
         latest = record
     processes.kill_members(latest["token"], session=latest.get("pid"))
     processes.remove_shared_memory(latest["shm_prefix"])
+    alias.remove(latest.get("alias"))
     if latest["phase"] not in state.ENDED:
         _finish(folder, latest, "crashed", None, "its supervisor was killed")
 

@@ -149,3 +149,54 @@ def test_several_ranks_are_not_for_the_local_target(machine: Machine) -> None:
     done = machine.up()
     assert done.returncode == 2
     assert "needs 2 MPI ranks" in done.stderr
+
+
+def test_a_host_that_is_none_is_refused_before_the_warning(machine: Machine) -> None:
+    machine.config.write_text(machine.config.read_text() + "deploy: {host: no.such.host.invalid}\n")
+    done = machine.up()
+    assert done.returncode == 2
+    assert "'no.such.host.invalid' is not an address" in done.stderr
+    assert "warning" not in done.stderr
+
+
+def test_down_dry_run_and_forget(machine: Machine) -> None:
+    pid = json.loads(machine.up("--json").stdout)["pid"]
+    assert machine.deploy("down", "tiny", "--dry-run").stdout == f"tiny: would stop process {pid}\n"
+    assert machine.deploy("down", "--all", "--dry-run").stdout == f"tiny: would stop process {pid}\n"
+    assert [one["pid"] for one in json.loads(machine.deploy("down", "--all", "--dry-run", "--json").stdout)] == [pid]
+    assert machine.deploy("down", "none", "--dry-run").returncode == 2
+    assert json.loads(machine.deploy("status", "tiny", "--json").stdout)["ready"]
+    assert machine.deploy("down", "tiny").stdout == "tiny: stopped\n"
+    assert machine.deploy("down", "tiny", "--dry-run").stdout == "tiny: is not running (stopped)\n"
+    assert machine.deploy("down", "--all", "--dry-run").stdout == "nothing is running\n"
+    forgotten = machine.deploy("down", "tiny", "--forget")
+    assert (forgotten.returncode, forgotten.stderr) == (0, "tiny: forgotten\n")
+    assert "nothing was deployed" in machine.deploy("status").stderr
+
+
+def test_a_damaged_record_breaks_nothing(machine: Machine) -> None:
+    folder = machine.root / "state" / "deployments" / "l3"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text("{}")
+    assert machine.up().returncode == 0
+    listed = machine.deploy("status")
+    assert listed.returncode == 0
+    assert "unknown" in listed.stdout
+    assert f"its record {folder / 'state.json'} is damaged" in listed.stderr
+    assert json.loads(machine.deploy("status", "l3", "--json").stdout)["phase"] == "unknown"
+    assert machine.deploy("down", "--all").stdout == "tiny: stopped\n"
+    assert machine.deploy("down", "l3", "--dry-run").stdout == "l3: would clear away its damaged record\n"
+    assert machine.deploy("down", "l3").stdout == "l3: its damaged record was cleared away\n"
+    gone = machine.deploy("down", "l3")
+    assert gone.returncode == 2
+    assert "did you mean" not in gone.stderr
+
+
+def test_render_warns_of_an_engine_that_is_not_there(machine: Machine) -> None:
+    machine.config.write_text("name: boxed\nmodel: {source: none/none}\ndeploy: {target: docker}\n")
+    arguments = [machine.config, "--repository", "models", "--engine", "nosuch"]
+    rendered = machine.deploy("render", *arguments)
+    assert rendered.returncode == 0
+    assert "warning: no engine at" in rendered.stderr
+    assert rendered.stdout.startswith("docker run ")
+    assert machine.deploy("up", *arguments).returncode == 2

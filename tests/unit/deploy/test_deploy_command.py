@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from trtkit.deploy.command import mpi_command, server_arguments
 
 OPTIONS = {
@@ -52,3 +54,18 @@ def test_a_rank_each_and_one_that_answers() -> None:
         assert ("--allow-grpc=false" in words) == (not leads)
         loaded = [word for word in words if word.startswith(("--load-model", "--model-control-mode=explicit"))]
         assert loaded == ([] if leads else ["--model-control-mode=explicit", "--load-model=llm", "--load-model=draft"])
+
+
+@pytest.mark.parametrize(
+    ("host", "http", "grpc"),
+    [
+        ("127.0.0.1", "127.0.0.1", "127.0.0.1"),
+        ("::1", "ipv6:::1", "[::1]"),
+        ("::", "ipv6:::", "[::]"),
+        ("localhost", "localhost", "localhost"),
+    ],
+)
+def test_each_service_wants_ipv6_in_its_own_way(host: str, http: str, grpc: str) -> None:
+    arguments = server_arguments("/models", **OPTIONS | {"host": host})
+    given = dict(word.split("=", 1) for word in arguments if "-address=" in word)
+    assert given == {"--http-address": http, "--grpc-address": grpc, "--metrics-address": http}

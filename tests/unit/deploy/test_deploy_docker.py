@@ -30,6 +30,7 @@ def config(**deploy: Any) -> BuildConfig:
 def engine(tmp_path: Path) -> Path:
     folder = tmp_path / "an engine, with: marks"
     folder.mkdir()
+    (folder / "config.json").write_text('{"pretrained_config": {}, "build_config": {}}')
     return folder
 
 
@@ -187,4 +188,17 @@ def test_a_taken_port_and_missing_folders(docker: Path, models: Path, tmp_path: 
             target.up(config(http_port=port), models)
     with pytest.raises(InputError, match="no engine at"):
         target.up(config(), models, tmp_path / "none")
+    assert state.names() == []
+
+
+def test_render_warns_of_what_up_refuses(docker: Path, models: Path, tmp_path: Path) -> None:
+    assert [one.cause for one in target.render(config(), models, tmp_path / "none").findings] == [
+        f"no engine at {tmp_path / 'none'}"
+    ]
+    (models / "tensorrt_llm").mkdir()
+    path = 'parameters { key: "gpt_model_path" value { string_value: "/engine" } }'
+    (models / "tensorrt_llm" / "config.pbtxt").write_text(path)
+    for act in (target.render, target.up):
+        with pytest.raises(InputError, match="looks for an engine at '/engine'"):
+            act(config(), models)
     assert state.names() == []

@@ -140,9 +140,16 @@ def test_what_the_embedded_one_lacks(embedded: Path, tmp_path: Path, monkeypatch
 
 def test_the_environment_is_small_and_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     secrets = ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "NVIDIA_API_KEY", "NVIDIA_TOKEN", "CUDA_PASSWORD", "OMPI_KEY"]
+    secrets += ["NVIDIA_NGC_PAT", "NCCL_AUTH", "UCX_PASS", "OMPI_MCA_auth_x", "CUDA_CREDS", "NVIDIA_NGC_APIKEY"]
     for name in secrets:
         monkeypatch.setenv(name, "leaked")
-    for name in ("HF_HOME", "CUDA_VISIBLE_DEVICES", "NCCL_DEBUG", "UNRELATED"):
+    harmless = (
+        "NCCL_DEBUG",
+        "OMPI_MCA_mca_base_param_path",
+        "CUDA_PATH",
+        "NCCL_PATTERN",
+    )  # only whole words are secret
+    for name in ("HF_HOME", "CUDA_VISIBLE_DEVICES", *harmless, "UNRELATED"):
         monkeypatch.setenv(name, name.lower())
     monkeypatch.setenv("PATH", "/usr/bin")
     monkeypatch.setenv("LD_LIBRARY_PATH", "/some/lib")
@@ -152,5 +159,6 @@ def test_the_environment_is_small_and_without_secrets(monkeypatch: pytest.Monkey
     assert found["HF_TOKEN"] == "leaked"  # noqa: S105
     assert (found["PATH"], found["LD_LIBRARY_PATH"]) == ("/venv/bin:/usr/bin", "/py/lib:/some/lib")
     assert (found["CUDA_VISIBLE_DEVICES"], found["HF_HUB_OFFLINE"], found["MARK"]) == ("cuda_visible_devices", "1", "1")
+    assert all(found[name] == name.lower() for name in harmless)
     assert "UNRELATED" not in found
     assert "ABSENT" not in found

@@ -17,6 +17,23 @@ from trtkit.config import NAME_PATTERN
 from trtkit.deploy import state
 from trtkit.errors import InputError
 
+RECORD: dict[str, object] = {
+    "name": "a",
+    "target": "local",
+    "phase": "running",
+    "host": "127.0.0.1",
+    "http_port": 1,
+    "grpc_port": 2,
+    "metrics_port": 3,
+    "repository": "/m",
+    "models": ["one"],
+    "log_path": "/l",
+    "started_at": 0.5,
+    "token": "t",
+    "shm_prefix": "p",
+    "exit_timeout_s": 1,
+}
+
 
 def test_names_are_those_of_the_config() -> None:
     assert f"^{state.NAME.pattern}$" == NAME_PATTERN
@@ -57,7 +74,7 @@ def test_folders_are_private() -> None:
 
 def test_a_reader_sees_whole_records_only() -> None:
     folder = state.make_folder("a")
-    state.write(folder, {"n": 0, "filler": ""})
+    state.write(folder, RECORD | {"n": 0, "filler": ""})
     seen: list[dict[str, object] | None] = []
     stop = threading.Event()
 
@@ -68,7 +85,7 @@ def test_a_reader_sees_whole_records_only() -> None:
     reader = threading.Thread(target=look)
     reader.start()
     for number in range(200):
-        state.write(folder, {"n": number, "filler": "x" * number * 50})
+        state.write(folder, RECORD | {"n": number, "filler": "x" * number * 50})
     stop.set()
     reader.join()
     assert seen
@@ -76,10 +93,25 @@ def test_a_reader_sees_whole_records_only() -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["state.json"]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", "\xff"])
+@pytest.mark.parametrize("content", ["", "{", "[1]", "{}", "null", "\xff"])
 def test_an_unreadable_record_is_none(content: str) -> None:
     folder = state.make_folder("a")
     (folder / "state.json").write_bytes(content.encode("latin-1"))
+    assert state.read(folder) is None
+
+
+@pytest.mark.parametrize("target", ["local", "docker"])
+def test_a_record_with_a_hole_is_none(target: str) -> None:
+    folder = state.make_folder("a")
+    whole = RECORD | {"target": target, "container": "c", "stop_timeout_s": 1}
+    state.write(folder, whole)
+    assert state.read(folder) == whole
+    needed = {"local": ["token", "shm_prefix", "exit_timeout_s"], "docker": ["container", "stop_timeout_s"]}[target]
+    for key in [*needed, "name", "phase", "models", "log_path", "http_port", "target"]:
+        for hole in ({other: value for other, value in whole.items() if other != key}, whole | {key: None}):
+            state.write(folder, hole)
+            assert state.read(folder) is None, key
+    state.write(folder, whole | {"token": ""})
     assert state.read(folder) is None
 
 

@@ -95,3 +95,18 @@ def test_ends_of_files(tmp_path: Path) -> None:
     log.write_bytes(b"\xff" + "".join(f"line {number}\n" for number in range(100)).encode())
     assert serverlog.tail(log, 2) == ["line 98", "line 99"]
     assert serverlog.read_end(log, 15) == "ine 98\nline 99\n"
+
+
+def test_a_stub_that_died() -> None:
+    text = 'I1121 04:45:56.966700 11335 model_lifecycle.cc:472] "loading: a:1"\n'
+    assert serverlog.died(text) is None
+    text += "terminate called after throwing an instance of 'std::invalid_argument'\n  what():  stol\n"
+    assert serverlog.died(text) == "terminated by std::invalid_argument: stol"
+
+
+def test_an_address_that_is_none_is_not_a_taken_port() -> None:
+    taken = "E1121 04:46:15.774537 1 main.cc:245] \"failed to start GRPC: Socket '::1:3' already in use \"\n"
+    assert serverlog.port_taken(taken)
+    assert not serverlog.port_taken(
+        "E1121 04:46:15.77 1 chttp2_server.cc:1060] UNKNOWN:Name or service not known\n" + taken
+    )

@@ -276,3 +276,134 @@ def test_follow_ends_with_the_deployment(models: Path, tritonserver: str) -> Non
     local.down("a")
     assert list(lines) == ["and the last, unfinished"]
     assert len(list(local.logs("a", 2))) == 2
+
+
+@pytest.fixture
+def odd_models(models: Path, tmp_path: Path) -> Path:
+    """A repository that the python backend could not read at its own path."""
+    return models.rename(tmp_path / "sp ace é")
+
+
+@pytest.mark.parametrize("end", ["down", "crash", "power cut", "server"])
+def test_a_repository_with_an_odd_name_gets_a_plain_one(odd_models: Path, tritonserver: str, end: str) -> None:
+    deployment = local.up(ServerSpec("a", odd_models, tritonserver=tritonserver))
+    folder = state.folder_of("a")
+    (link,) = folder.glob("trtkit-alias-*/models")
+    assert deployment.repository == str(odd_models)
+    assert deployment.pid is not None
+    assert deployment.supervisor_pid is not None
+    assert f"--model-repository={link}".encode() in Path(f"/proc/{deployment.pid}/cmdline").read_bytes().split(b"\0")
+    record = state.read(folder)
+    assert record is not None
+    if end == "down":
+        local.down("a")
+    else:
+        os.kill(deployment.pid if end == "server" else deployment.supervisor_pid, signal.SIGKILL)
+        eventually(lambda: not state.is_locked(folder))
+    if end == "power cut":  # nobody was left to clear away
+        link.parent.mkdir()
+        link.symlink_to(odd_models)
+        state.write(folder, record)
+        assert local.status("a").phase == "crashed"
+    assert list(folder.glob("trtkit-alias-*")) == []
+    assert (odd_models / "one").is_dir()
+
+
+def test_a_start_that_fails_leaves_no_alias(
+    odd_models: Path, tritonserver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (odd_models / "one" / "refuse").touch()
+    with pytest.raises(CheckFailedError, match="refused on demand"):
+        local.up(ServerSpec("a", odd_models, tritonserver=tritonserver))
+
+    def fail(*_: object) -> None:
+        raise OSError("no process")
+
+    monkeypatch.setattr(local.launch, "_start_supervisor", fail)
+    with pytest.raises(OSError, match="no process"):
+        local.up(ServerSpec("a", odd_models, tritonserver=tritonserver))
+    assert list(state.folder_of("a").glob("trtkit-alias-*")) == []
+
+
+def test_a_stub_that_dies_ends_the_wait(
+    models: Path, tritonserver: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server waits for it for ever, and the deadline is an hour away."""
+    monkeypatch.setattr(local.launch, "STUB_GRACE_S", 0.0)
+    (models / "one" / "loading").touch()
+    log = tmp_path / "my.log"
+
+    def kill(_: str) -> None:
+        with log.open("a") as stream:
+            stream.write("terminate called after throwing an instance of 'std::x'\n  what():  stol\n")
+
+    spec = ServerSpec("a", models, tritonserver=tritonserver, log_path=log, ready_timeout_s=3600)
+    with pytest.raises(CheckFailedError, match=r"died while .*: terminated by std::x: stol"):
+        local.up(spec, on_progress=kill)
+    assert not state.is_locked(state.folder_of("a"))
+
+
+@pytest.mark.parametrize("content", ["{}", "{", '{"phase": "running", "target": "local"}'])
+def test_a_damaged_record(models: Path, tritonserver: str, content: str) -> None:
+    folder = state.make_folder("a")
+    (folder / "state.json").write_text(content)
+    found = local.status("a")
+    assert (found.phase, found.running, str(folder / "state.json") in found.reason) == ("unknown", False, True)
+    assert list(local.logs("a", 3)) == []
+    lock = state.acquire(folder)
+    assert lock is not None
+    with pytest.raises(CheckFailedError, match="may run, and its record"):
+        local.down("a")
+    with pytest.raises(InputError, match="'a' is already running"):
+        local.up(ServerSpec("a", models, tritonserver=tritonserver))
+    os.close(lock)
+    assert local.down("a").reason == "its damaged record was cleared away"
+    assert state.names() == []
+    (state.make_folder("a") / "state.json").write_text(content)
+    assert local.up(ServerSpec("a", models, tritonserver=tritonserver)).ready
+
+
+INTERRUPTED = """
+import sys
+from trtkit.deploy.local import running_server
+with running_server(sys.argv[1], tritonserver=sys.argv[2]) as deployment:
+    print(deployment.name, flush=True)
+    sys.stdin.readline()
+    raise KeyboardInterrupt
+"""
+
+
+@pytest.mark.parametrize("how", ["interrupted", "killed"])
+def test_made_up_names_are_forgotten(models: Path, tritonserver: str, how: str) -> None:
+    command = [sys.executable, "-c", INTERRUPTED, str(models), tritonserver]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, text=True, **pipes) as runner:  # type: ignore[call-overload]
+        assert runner.stdout is not None
+        name = runner.stdout.readline().strip()
+        local.forget_transient()
+        assert local.status(name).ready  # its process lives
+        if how == "killed":
+            runner.kill()
+        else:
+            runner.communicate("\n", timeout=60)
+    eventually(lambda: not state.is_locked(state.folder_of(name)))
+    assert state.names() == [name]
+    with local.running_server(models, tritonserver=tritonserver) as other:
+        assert state.names() == [other.name]
+
+
+def test_forget_only_what_is_over(models: Path, tritonserver: str) -> None:
+    local.up(ServerSpec("a", models, tritonserver=tritonserver))
+    assert not local.forget("a")
+    local.down("a")
+    assert local.forget("a")
+    assert state.names() == []
+    with pytest.raises(InputError, match="no deployment 'a'"):
+        local.forget("a")
+
+
+def test_a_program_that_is_no_tritonserver_is_named(models: Path) -> None:
+    with pytest.raises(CheckFailedError, match="/bin/true is no tritonserver, or cannot run here") as failed:
+        local.up(ServerSpec("a", models, tritonserver="/bin/true"))
+    assert "lint" not in failed.value.fix
+    assert "exited with code 0" in failed.value.cause
