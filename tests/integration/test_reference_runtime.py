@@ -14,22 +14,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from tritonclient import grpc
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-pytest.importorskip("pytriton", reason="needs the 'local' extra")
-torch = pytest.importorskip("torch", reason="needs the 'torch' extra")
-grpc = pytest.importorskip("tritonclient.grpc")
-
-from tritonclient.utils import InferenceServerException, np_to_triton_dtype  # noqa: E402
-
-from trtkit.config import CheckpointConfig  # noqa: E402
-from trtkit.convert.plan import plan_conversion  # noqa: E402
-from trtkit.convert.readback import load_transformers_model  # noqa: E402
-from trtkit.convert.stream import convert  # noqa: E402
-from trtkit.deploy.local import running_server  # noqa: E402
-from trtkit.errors import CheckFailedError  # noqa: E402
-from trtkit.hf import open_source  # noqa: E402
-from trtkit.repository import contract, pbtxt  # noqa: E402
-from trtkit.repository.models import reference  # noqa: E402
+from trtkit.config import CheckpointConfig
+from trtkit.convert.plan import plan_conversion
+from trtkit.convert.readback import load_transformers_model
+from trtkit.convert.stream import convert
+from trtkit.deploy.local import running_server
+from trtkit.errors import CheckFailedError
+from trtkit.hf import open_source
+from trtkit.repository import contract, pbtxt
+from trtkit.repository.models import reference
 
 pytestmark = [pytest.mark.server, pytest.mark.xdist_group("reference_server")]
 

@@ -12,11 +12,7 @@ import queue
 import re
 import shutil
 import signal
-import socket
 import subprocess
-import sys
-import sysconfig
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -29,15 +25,17 @@ from typing import Any
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tritonclient import grpc
 
 from trtkit.config import parse_config
+from trtkit.deploy import ports
+from trtkit.deploy.command import server_arguments
+from trtkit.deploy.server import environment, find_server, prepared
 from trtkit.findings import has_errors
 from trtkit.repository import contract, pbtxt
 from trtkit.repository.generate import Files, render_repository, write_repository
 from trtkit.repository.lint import lint_repository
 
-pytest.importorskip("pytriton", reason="needs the 'local' extra")
-grpc = pytest.importorskip("tritonclient.grpc")
 pytestmark = [pytest.mark.server, pytest.mark.xdist_group("repository_server")]
 
 STAND_IN = """
@@ -148,60 +146,30 @@ class Server:
             return error.code, error.read().decode()
 
 
-def place_stub(folder: Path) -> None:
-    """Puts the python backend's stub beside its library, as a whole file for whoever does the same at this moment."""
-    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    stub = folder / "python_backend_stubs" / version / "triton_python_backend_stub"
-    target = folder / "backends" / "python" / stub.name
-    if target.is_file() and target.stat().st_size == stub.stat().st_size:
-        return
-    handle, name = tempfile.mkstemp(dir=target.parent)
-    os.close(handle)
-    shutil.copy2(stub, name)
-    Path(name).replace(target)
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for item in sockets:
-        item.bind(("127.0.0.1", 0))
-    ports = [item.getsockname()[1] for item in sockets]
-    for item in sockets:
-        item.close()
-    return ports
-
-
 @contextmanager
 def serve(repository: Path, work: Path, *options: str) -> Iterator[Server]:
-    """A Triton server for the block. A private helper: `trtkit deploy` has the real one."""
-    import pytriton
-
-    folder = Path(pytriton.__file__).parent / "tritonserver"
-    place_stub(folder)
-    http, grpc_, metrics = free_ports(3)
+    """A Triton server for the block, with extra options that `trtkit deploy` does not offer."""
+    found = prepared(find_server())
+    http, grpc_, metrics = ports.choose("127.0.0.1", (0, 0, 0))
     log = work / "server.log"
-    command = [
-        str(folder / "bin" / "tritonserver"),
-        f"--model-repository={repository}",
-        f"--backend-directory={folder / 'backends'}",
-        f"--cache-directory={folder / 'caches'}",
-        *(f"--{name}-address=127.0.0.1" for name in ("http", "grpc", "metrics")),
-        f"--http-port={http}",
-        f"--grpc-port={grpc_}",
-        f"--metrics-port={metrics}",
-        "--disable-auto-complete-config",
-        "--exit-timeout-secs=3",
-        f"--backend-config=python,shm-region-prefix-name=trtkit_repo_test_{os.getpid()}_{http}_",
-        *options,
-    ]
-    environment = {
-        "HOME": os.environ.get("HOME", "/"),
-        "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
-        "LD_LIBRARY_PATH": str(sysconfig.get_config_var("LIBDIR")),
-    }
+    arguments = server_arguments(
+        str(repository),
+        host="127.0.0.1",
+        http_port=http,
+        grpc_port=grpc_,
+        metrics_port=metrics,
+        exit_timeout_s=3,
+        shm_prefix=f"trtkit_repo_test_{os.getpid()}_{http}_",
+        backend_directory=str(found.backends),
+        cache_directory=str(found.caches),
+    )
     with log.open("wb") as file:
         process = subprocess.Popen(
-            command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            [str(found.binary), *arguments, *options],
+            env=environment(found, {}),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             server = Server(http, grpc_, log, process)
@@ -374,8 +342,9 @@ def test_the_reference_runtime_answers_like_transformers(
 
     Random weights write bytes that are no UTF-8 most of the time, which is the hard case for detokenisation.
     """
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     from trtkit.config import CheckpointConfig
     from trtkit.convert.plan import plan_conversion
     from trtkit.convert.stream import convert

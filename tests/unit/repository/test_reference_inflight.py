@@ -8,14 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-torch = pytest.importorskip("torch", reason="needs the 'torch' extra")
-transformers = pytest.importorskip("transformers")
-
-from trtkit.repository.models.reference.generation import Generation, SamplingParams  # noqa: E402
-from trtkit.repository.models.reference.inflight import InflightBatch  # noqa: E402
+from trtkit.repository.models.reference.generation import Generation, SamplingParams
+from trtkit.repository.models.reference.inflight import InflightBatch
 
 VOCABULARY = 67
 POSITIONS = 1100

@@ -6,14 +6,13 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-torch = pytest.importorskip("torch", reason="needs the 'torch' extra")
-transformers = pytest.importorskip("transformers")
-
-from trtkit.repository.models.reference.generation import Generation, SamplingParams  # noqa: E402
-from trtkit.repository.models.reference.sampling import BatchSampler  # noqa: E402
+from trtkit.repository.models.reference.generation import Generation, SamplingParams
+from trtkit.repository.models.reference.sampling import BatchSampler
 
 VOCABULARY = 23
 PROMPT = [3, 4, 4, 9]

@@ -9,8 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-pytest.importorskip("torch", reason="needs the 'torch' extra")
-
 from trtkit.errors import InputError
 from trtkit.repository import contract
 from trtkit.repository.models.reference import wire

@@ -8,12 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch", reason="needs the 'torch' extra")
-
-from trtkit.repository.models.reference.generation import Generation  # noqa: E402
-from trtkit.repository.models.reference.inflight import Progress  # noqa: E402
-from trtkit.repository.models.reference.worker import Worker  # noqa: E402
+from trtkit.repository.models.reference.generation import Generation
+from trtkit.repository.models.reference.inflight import Progress
+from trtkit.repository.models.reference.worker import Worker
 
 PATIENCE_S = 30.0
 POISON = 91

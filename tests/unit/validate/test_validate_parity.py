@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from standin_client import StandInClient
@@ -18,9 +20,6 @@ from trtkit.errors import InputError
 from trtkit.validate import Subject, parity
 from trtkit.validate.results import CheckResult
 from trtkit.validate.source import GreedyAnswer, Source, position_limit
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 
 EOS = frozenset({1, 2})
 
