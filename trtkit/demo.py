@@ -19,7 +19,8 @@ from typing import Any
 from trtkit import hf
 from trtkit.checkpoint import open_checkpoint
 from trtkit.client.api import GenerateRequest, connect
-from trtkit.config import BuildConfig, load_config, ready_made_configs
+from trtkit.config import BuildConfig
+from trtkit.config_file import load_config, ready_made_configs
 from trtkit.convert.plan import plan_conversion
 from trtkit.convert.readback import verify
 from trtkit.convert.stream import convert

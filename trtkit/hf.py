@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from trtkit import architectures
-from trtkit.config import is_hub_id
 from trtkit.errors import InputError, LacksError
 from trtkit.safetensors_io import TensorEntry, read_header
 
@@ -73,6 +72,11 @@ def open_source(source: str | Path, *, revision: str | None = None) -> Source:
         raise InputError(f"source '{source}' is not a folder", "give the folder that holds config.json")
     config = read_config(path)
     return Source(path, config, _open_tensors(path))
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a source that is not a local folder has the form of a hub id (`name` or `owner/name`)."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", source) is not None
 
 
 def read_config(path: Path) -> dict[str, Any]:

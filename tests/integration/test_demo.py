@@ -20,7 +20,7 @@ import pytest
 
 from trtkit import hf
 from trtkit.checkpoint import open_checkpoint
-from trtkit.config import load_config, ready_made_configs
+from trtkit.config_file import load_config, ready_made_configs
 from trtkit.convert.readback import verify
 from trtkit.repository.lint import lint_repository
 

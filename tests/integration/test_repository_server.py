@@ -27,7 +27,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tritonclient import grpc
 
-from trtkit.config import parse_config
+from trtkit.config_file import parse_config
 from trtkit.deploy import ports
 from trtkit.deploy.command import server_arguments
 from trtkit.deploy.server import environment, find_server, prepared

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from trtkit import hf
 from trtkit.cli import main
-from trtkit.config import load_config
+from trtkit.config_file import load_config
 from trtkit.convert.plan import plan_conversion
 from trtkit.convert.stream import convert
 from trtkit.deploy.local import running_server

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from trtkit.config import BuildConfig, is_hub_id, load_config
+from trtkit.config import BuildConfig
+from trtkit.config_file import load_config
 from trtkit.engine.builders import plan_build
+from trtkit.hf import is_hub_id
 
 FOLDER = Path(__file__).parents[2] / "build_configs"
 FILES = sorted(FOLDER.glob("*.yaml"))

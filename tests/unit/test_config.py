@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from trtkit.config import BuildConfig, config_schema, is_hub_id, load_config, parse_config
+from trtkit.config import BuildConfig
+from trtkit.config_file import config_schema, load_config, parse_config
 from trtkit.errors import InputError
+from trtkit.hf import is_hub_id
 
 SMALL = "name: small\nmodel: {source: owner/name}\n"
 

@@ -31,7 +31,7 @@ def command(configs: tuple[Path, ...], root: Path | None, dry_run: bool, as_json
       trtkit build build_configs/llama-3.1-8b-fp16.yaml --dry-run
     """
     from trtkit.build import SKIPPED, plan
-    from trtkit.config import load_config
+    from trtkit.config_file import load_config
     from trtkit.store import ArtifactStore, default_root
 
     store = ArtifactStore(root or default_root())

@@ -36,7 +36,7 @@ def list_configs(as_json: bool) -> None:
       trtkit config ls
       trtkit config ls --json
     """
-    from trtkit.config import load_config, ready_made_configs
+    from trtkit.config_file import load_config, ready_made_configs
 
     rows = [_summary(file, load_config(file)) for file in ready_made_configs().values()]
     if as_json:
@@ -59,7 +59,7 @@ def copy_config(name: str, dest: Path | None, force: bool, dry_run: bool) -> Non
       trtkit config cp llama-3.1-8b-fp16
       trtkit config cp llama-3.1-8b-fp16 configs/production.yaml
     """
-    from trtkit.config import ready_made_configs
+    from trtkit.config_file import ready_made_configs
     from trtkit.errors import InputError
     from trtkit.store import atomic_write
 
@@ -118,7 +118,7 @@ def print_schema() -> None:
     Example:
       trtkit config schema > build_config.schema.json
     """
-    from trtkit.config import config_schema
+    from trtkit.config_file import config_schema
 
     print_json(config_schema())
 
@@ -141,7 +141,7 @@ def _portable_text(file: Path) -> str:
     """A config's text with a source relative to its own folder made absolute, so that a copy elsewhere finds it."""
     import yaml
 
-    from trtkit.config import load_config
+    from trtkit.config_file import load_config
 
     text = file.read_text(encoding="utf-8")
     source = load_config(file).model.source
@@ -156,9 +156,10 @@ def _portable_text(file: Path) -> str:
 
 def _problems(file: Path) -> list[str]:
     """Every problem of one file: the schema's, or else what only the whole config shows."""
-    from trtkit.config import is_hub_id, load_config
+    from trtkit.config_file import load_config
     from trtkit.engine.builders import plan_build
     from trtkit.errors import InputError
+    from trtkit.hf import is_hub_id
 
     try:
         config = load_config(file)

@@ -73,7 +73,7 @@ def up(config_file: Path, wait: bool, dry_run: bool, as_json: bool, **options: A
       trtkit deploy up build_configs/tiny-llama.yaml --repository ./models
       trtkit deploy up llama-8b.yaml --repository ./models --engine ./engine --target docker
     """
-    from trtkit.config import load_config
+    from trtkit.config_file import load_config
     from trtkit.deploy import docker, local, ports
 
     config = load_config(config_file)
@@ -111,7 +111,7 @@ def render(config_file: Path, as_json: bool, **options: Any) -> None:
     Example:
       trtkit deploy render llama-8b.yaml --repository ./models --engine ./engine --target docker
     """
-    from trtkit.config import load_config
+    from trtkit.config_file import load_config
 
     _print_plan(load_config(config_file), as_json, options)
 

@@ -137,7 +137,7 @@ def _write(results: Sequence[Result], output: Path, title: str) -> None:
 
 
 def _load(path: Path) -> BuildConfig:
-    from trtkit.config import load_config
+    from trtkit.config_file import load_config
 
     return load_config(path)
 

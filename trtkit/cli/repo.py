@@ -72,7 +72,7 @@ def generate(
       trtkit repo generate build_configs/tiny-llama.yaml -o ./models
       trtkit repo generate llama.yaml --engine ./engine -o ./models --model-path-in-container /models/engine
     """
-    from trtkit.config import load_config
+    from trtkit.config_file import load_config
     from trtkit.repository.generate import check_replaceable, render_repository, write_repository
 
     config = load_config(config_file)

@@ -76,7 +76,7 @@ def command(
     """
     import asyncio
 
-    from trtkit.config import load_config
+    from trtkit.config_file import load_config
     from trtkit.errors import CheckFailedError, InputError
     from trtkit.hf import open_source
     from trtkit.validate.run import choose, run_checks

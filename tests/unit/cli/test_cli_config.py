@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from trtkit import config
+from trtkit import config_file
 from trtkit.cli import main
-from trtkit.config import BuildConfig, load_config
+from trtkit.config import BuildConfig
+from trtkit.config_file import load_config
 
 NAME = "llama-3.1-8b-fp16"
 GOOD = "name: good\nmodel: {source: owner/name}\n"
@@ -41,7 +42,7 @@ def trtkit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, 
 def test_ls_lists_every_config(trtkit: Any) -> None:
     result = trtkit("config", "ls", "--json")
     rows = json.loads(result.out)
-    folder = config._config_folder()
+    folder = config_file._config_folder()
     assert [row["name"] for row in rows] == sorted(file.stem for file in folder.glob("*.yaml"))
     row = next(row for row in rows if row["name"] == "llama-3.1-70b-bf16-tp4-pp2")
     assert (row["dtype"], row["tp"], row["pp"], row["runtime"]) == ("bfloat16", 4, 2, "tensorrtllm")
@@ -53,13 +54,13 @@ def test_ls_lists_every_config(trtkit: Any) -> None:
 
 def test_configs_are_found_in_an_installed_package(tmp_path: Path) -> None:
     package = tmp_path / "site-packages" / "trtkit"
-    assert config._config_folder(package) == tmp_path / "site-packages" / "build_configs"
+    assert config_file._config_folder(package) == tmp_path / "site-packages" / "build_configs"
     (package / "_data" / "build_configs").mkdir(parents=True)
-    assert config._config_folder(package) == package / "_data" / "build_configs"
+    assert config_file._config_folder(package) == package / "_data" / "build_configs"
 
 
 def test_an_incomplete_package_is_said_to_be_one(trtkit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "_config_folder", lambda: tmp_path / "nothing")
+    monkeypatch.setattr(config_file, "_config_folder", lambda: tmp_path / "nothing")
     result = trtkit("config", "ls")
     assert (result.code, result.out) == (3, "")
     assert "no build configs in" in result.err
@@ -69,7 +70,7 @@ def test_cp_copies_here_and_never_overwrites(trtkit: Any) -> None:
     result = trtkit("config", "cp", NAME)
     assert (result.code, result.out) == (0, f"{NAME}.yaml\n")
     copy = Path(f"{NAME}.yaml")
-    assert copy.read_bytes() == (config._config_folder() / copy.name).read_bytes()
+    assert copy.read_bytes() == (config_file._config_folder() / copy.name).read_bytes()
     copy.write_text("mine")
     refused = trtkit("config", "cp", NAME)
     assert (refused.code, copy.read_text()) == (2, "mine")
@@ -107,7 +108,7 @@ def test_a_copy_finds_a_source_that_stands_beside_the_original(
     ready.mkdir()
     text = f'# About.\nname: near\nmodel:\n  source: "../{folder}"   # kept\n  revision: null\n'
     (ready / "near.yaml").write_text(text)
-    monkeypatch.setattr(config, "_config_folder", lambda: ready)
+    monkeypatch.setattr(config_file, "_config_folder", lambda: ready)
     assert trtkit("config", "cp", "near", "far/away.yaml").code == 0
     assert load_config("far/away.yaml").model.source == str(tmp_path / folder)
     copied = Path("far/away.yaml").read_text().splitlines()

@@ -296,7 +296,7 @@ DRIVER = """
 import signal, sys
 from pathlib import Path
 from trtkit.cli import _interrupt
-from trtkit.config import load_config
+from trtkit.config_file import load_config
 from trtkit.docker_cli import Mount
 from trtkit.engine.builders import plan_build, run_build
 signal.signal(signal.SIGTERM, _interrupt)

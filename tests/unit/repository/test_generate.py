@@ -10,7 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from trtkit.cli.repo import command
-from trtkit.config import BuildConfig, load_config, parse_config
+from trtkit.config import BuildConfig
+from trtkit.config_file import load_config, parse_config
 from trtkit.errors import CheckFailedError, InputError
 from trtkit.repository import pbtxt
 from trtkit.repository.generate import MARKER, Files, is_generated, render_repository, write_repository

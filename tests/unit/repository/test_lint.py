@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
-from trtkit.config import parse_config
+from trtkit.config_file import parse_config
 from trtkit.errors import InputError
 from trtkit.findings import Finding
 from trtkit.repository.generate import render_repository, write_repository

@@ -12,7 +12,7 @@ import pytest
 from standin_client import StandInClient
 
 from trtkit.client.api import ServerError
-from trtkit.config import parse_config
+from trtkit.config_file import parse_config
 from trtkit.errors import InputError, LacksError
 from trtkit.validate import CHECKS, Subject, bad_requests, cancellation, run, run_checks, streaming, subject_of
 from trtkit.validate.results import short
