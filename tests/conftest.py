@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
+
+# A shell that runs the tests in the background has them ignore SIGINT, and every process that they start inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("trtkit", deadline=None)  # timing never decides a test
 settings.load_profile("trtkit")

@@ -21,7 +21,7 @@ SHOWN_ROOT = "/home/you/trtkit"
 BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
 # Lines that depend on the machine's speed or on timing.
 VOLATILE = re.compile(
-    r"^(\S+: )?(warning|info) TK8|^ *fix: |requests/s|in flight|starting|waiting|load test|^ *(closed|open)\b"
+    r"^(\S+: )?(warning|info) TK8|^ *fix: |requests/s|in flight|^starting|^loading|load test|^ *(closed|open)\b"
 )
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -69,7 +69,7 @@ def words(output: str) -> set[str]:
     for line in output.splitlines():
         if VOLATILE.search(line):
             continue
-        plain = re.sub(r"[\d,.]+", "#", re.sub(r"[━┏┓┗┛┳┻╇┡┩┃│└┘┴─┌┐┬]+", " ", line))
+        plain = re.sub(r"\b[0-9a-f]{20}\b|[\d,.]+", "#", re.sub(r"[━┏┓┗┛┳┻╇┡┩┃│└┘┴─┌┐┬]+", " ", line))
         lines.add(" ".join(plain.split()))
     return lines - {"", "#"}
 
