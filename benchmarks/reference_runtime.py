@@ -44,8 +44,8 @@ import transformers
 from tritonclient import grpc
 
 from trtkit.config import CheckpointConfig
-from trtkit.convert.plan import plan_conversion
-from trtkit.convert.stream import convert
+from trtkit.convert.source import plan_conversion
+from trtkit.convert.conversion import convert
 from trtkit.deploy.local import running_server
 from trtkit.hf import open_source
 from trtkit.repository import contract, pbtxt

@@ -5,20 +5,26 @@ Format: TensorRT-LLM, docs/source/legacy/architecture/checkpoint.md and tensorrt
 
 from __future__ import annotations
 
-import json
+import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trtkit.errors import InputError
 from trtkit.safetensors_io import TensorEntry, read_header
+from trtkit.untrusted import is_name, printable, read_json
+
+MANIFEST = "conversion.json"
+"""What a checkpoint that trtkit made was made of, and the checksums of its files."""
 
 REQUIRED_KEYS = (
     "architecture", "dtype", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_size", "intermediate_size", "max_position_embeddings", "mapping",
 )  # fmt: skip
+_TEXTS = ("architecture", "dtype")
+_FLAGS = ("use_parallel_embedding", "tie_word_embeddings", "attn_bias", "mlp_bias")
+_MAPPING_KEYS = ("world_size", "tp_size", "pp_size", "cp_size", "moe_tp_size", "moe_ep_size")
 
 
 @dataclass(frozen=True)
@@ -60,37 +66,108 @@ def stage_layers(layers: int, pp: int) -> list[range]:
 
 
 def read_checkpoint_config(path: Path) -> dict[str, Any]:
-    """config.json of a checkpoint folder, with the keys every use needs.
+    """config.json of a checkpoint folder, with the keys every use needs, of the types they must have.
+
+    What TensorRT-LLM leaves out or adds is fine: unknown keys stay, and where it has a default for a missing key
+    (tensorrt_llm/models/modeling_utils.py, PretrainedConfig) that is filled in. `mapping` holds world_size, tp_size and
+    pp_size, and moe_tp_size and moe_ep_size if either is given.
 
     Raises:
-        InputError: the file is missing or is not a checkpoint's.
+        InputError: the file is missing or is not a checkpoint's; names the key.
     """
     file = Path(path) / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {file}: {error}", "is this the folder of a TRT-LLM checkpoint?") from error
-    missing = [key for key in REQUIRED_KEYS if key not in config] if isinstance(config, dict) else list(REQUIRED_KEYS)
+    config = read_json(file, "a TRT-LLM checkpoint")
+    for key, default in _defaults(config).items():
+        if config.get(key) is None:
+            config[key] = default
+    missing = [key for key in REQUIRED_KEYS if key not in config]
     if missing:
         raise InputError(
             f"{file}: not a TRT-LLM checkpoint's config (no '{missing[0]}')", "see `trtkit convert --help`"
         )
-    mapping: Mapping[str, Any] = config["mapping"]
-    tp, pp = mapping.get("tp_size", 1), mapping.get("pp_size", 1)
-    if mapping.get("world_size", tp * pp) != tp * pp:
+    for key in REQUIRED_KEYS:
+        if key in _TEXTS:
+            _check(file, key, config[key], isinstance(config[key], str) and is_name(config[key], 100), "a name")
+        elif key != "mapping":
+            _check(file, key, config[key], _is_count(config[key]), "a positive integer")
+    for key in _FLAGS:
+        _check(file, key, config.get(key, False), isinstance(config.get(key, False), bool), "true or false")
+    axis = config["embedding_sharding_dim"]
+    _check(file, "embedding_sharding_dim", axis, type(axis) is int and axis in (0, 1), "0 or 1")
+    return {**config, "mapping": _read_mapping(file, config["mapping"])}
+
+
+def _defaults(config: dict[str, Any]) -> dict[str, Any]:
+    defaults: dict[str, Any] = {"use_parallel_embedding": False, "embedding_sharding_dim": 0, "mapping": {}}
+    hidden, heads = config.get("hidden_size", 0), config.get("num_attention_heads", 0)
+    if _is_count(heads):
+        defaults["num_key_value_heads"] = heads
+        if _is_count(hidden) and heads <= hidden:
+            defaults["head_size"] = hidden // heads
+    return defaults
+
+
+def _read_mapping(file: Path, given: Any) -> dict[str, int]:
+    _check(file, "mapping", given, isinstance(given, dict), "a mapping")
+    # TensorRT-LLM writes -1 for what follows from the rest (tensorrt_llm/mapping.py).
+    sizes = {key: value for key, value in given.items() if key in _MAPPING_KEYS and value not in (None, -1)}
+    for key, value in sizes.items():
+        _check(file, f"mapping.{key}", value, _is_count(value), "a positive integer")
+    if sizes.get("cp_size", 1) != 1:
+        raise InputError(f"{file}: cp_size {sizes['cp_size']}: trtkit reads no context-parallel checkpoints", "use 1")
+    tp, pp = sizes.get("tp_size", 1), sizes.get("pp_size", 1)
+    if sizes.get("world_size", tp * pp) != tp * pp:
         raise InputError(
-            f"{file}: world_size {mapping['world_size']} is not tp_size {tp} x pp_size {pp}", "convert again"
+            f"{file}: world_size {sizes['world_size']} is not tp_size {tp} x pp_size {pp}", "convert again"
         )
-    return {**config, "mapping": {"world_size": tp * pp, "tp_size": tp, "pp_size": pp}}
+    mapping = {"world_size": tp * pp, "tp_size": tp, "pp_size": pp}
+    if "moe_tp_size" in sizes or "moe_ep_size" in sizes:
+        moe_ep = sizes.get("moe_ep_size", max(1, tp // sizes.get("moe_tp_size", tp)))
+        moe_tp = sizes.get("moe_tp_size", max(1, tp // moe_ep))
+        if moe_tp * moe_ep != tp:
+            raise InputError(
+                f"{file}: moe_tp_size {moe_tp} x moe_ep_size {moe_ep} is not tp_size {tp}", "convert again"
+            )
+        mapping |= {"moe_tp_size": moe_tp, "moe_ep_size": moe_ep}
+    return mapping
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**40
+
+
+def _check(file: Path, key: str, value: Any, good: bool, wanted: str) -> None:
+    if not good:
+        raise InputError(f"{file}: {key} is {printable(repr(value))}, expected {wanted}", "convert again")
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """What a checkpoint was made of (see `MANIFEST`), or None where trtkit did not make it.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    file = Path(path) / MANIFEST
+    if not file.is_file():
+        return None
+    manifest = read_json(file, "a checkpoint")
+    files = manifest.get("files")
+    good = isinstance(files, dict) and all(
+        Path(name).name == name and isinstance(record, dict) and _is_count(record.get("bytes")) and "blake3" in record
+        for name, record in files.items()
+    )
+    _check(file, "files", "of another form", good, "sizes and checksums by file name")
+    return manifest
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a folder holds a checkpoint, whole or not, and nothing else that anybody could miss."""
+    """Whether a folder holds a checkpoint, whole or not, and nothing else that anybody could miss. Never raises."""
     try:
         read_checkpoint_config(path)
-    except InputError:
+        names = [file.name for file in Path(path).iterdir()]
+    except (InputError, OSError):
         return False
-    return all(re.fullmatch(r"config\.json|trtkit\.json|rank\d+\.safetensors", file.name) for file in path.iterdir())
+    return all(re.fullmatch(r"config\.json|conversion\.json|trtkit\.json|rank\d+\.safetensors", name) for name in names)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -104,7 +181,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     ranks, world = [], config["mapping"]["world_size"]
     for rank in range(world):
         file = path / rank_file(rank)
-        if not file.is_file():
+        if not os.path.lexists(file):
             raise InputError(f"{file} is missing (config.json: {world} ranks)", "convert again")
         ranks.append(read_header(file))
     surplus = sorted(
@@ -112,4 +189,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     )
     if surplus:
         raise InputError(f"{path / surplus[0]} does not belong here (config.json: {world} ranks)", "convert again")
+    # Whoever plans with this config goes through all layers, so their number must be one that the files can hold.
+    layers, tensors = config["num_hidden_layers"], sum(map(len, ranks))
+    if layers > tensors:
+        raise InputError(
+            f"{path / 'config.json'}: num_hidden_layers is {layers}, the ranks hold {tensors} tensors", "convert again"
+        )
     return Checkpoint(path, config, ranks)

@@ -50,6 +50,8 @@ class CheckpointConfig(_Strict):
     """Tensor-parallel size."""
     pp: Annotated[int, Field(ge=1, le=64)] = 1
     """Pipeline-parallel size."""
+    ep: Annotated[int, Field(ge=1, le=64)] = 1
+    """Expert-parallel size: groups of TP ranks that share the experts among them, a divisor of `tp`."""
     parallel_embedding: Literal["none", "vocab", "hidden"] = "none"
     """Axis along which TP splits the token embedding; `none` keeps a full copy on every rank."""
 

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trtkit import architectures
-from trtkit.errors import InputError, LacksError
-from trtkit.safetensors_io import TensorEntry, read_header
+from trtkit import remote
+from trtkit.errors import InputError
+from trtkit.hf_config import normalize_config, read_config
+from trtkit.hub import FILES, NOT_FILES, download
+from trtkit.safetensors_io import TensorEntry, header_bytes, read_header
+from trtkit.untrusted import is_name, printable, read_json, unreadable
 
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
-"""What is downloaded from the hub: no pickle files, no code."""
+__all__ = ["Source", "eos_token_ids", "is_hub_id", "is_ignored", "normalize_config", "open_source", "read_config"]
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
 @dataclass(frozen=True)
@@ -25,11 +32,13 @@ class Source:
         path: its folder.
         config: config.json in one spelling (see `normalize_config`).
         tensors: every tensor of every shard, by name.
+        origin: where it is from: `hub:owner/name@commit` or `file:/absolute/path`.
     """
 
     path: Path
     config: dict[str, Any]
     tensors: dict[str, TensorEntry]
+    origin: str = ""
 
     @property
     def architecture(self) -> str:
@@ -40,38 +49,85 @@ class Source:
         return sum(entry.nbytes for entry in self.tensors.values())
 
     def identity(self) -> dict[str, Any]:
-        """What tells this source from another: digests of config.json and of the files' names, sizes and times."""
+        """What tells this source from another, without reading its weights.
+
+        A commit of the hub is the same everywhere, so a source from there is known by its commit and the files' names
+        and sizes. Of a local folder only the file system knows whether a file is still the one it was: two fine-tunes
+        of a model can agree in names, sizes, times and even headers, but not in device, inode and ctime.
+
+        Raises:
+            InputError: a file is gone or unreadable.
+        """
         files = sorted({entry.path for entry in self.tensors.values()})
-        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        config = (self.path / "config.json").read_bytes()
+        hub = self.origin.startswith("hub:")
+        seen: list[Any] = []
+        try:
+            config = (self.path / "config.json").read_bytes()
+            for file in files:
+                stat = file.stat()
+                seen.append([file.name, stat.st_size])
+                if not hub:
+                    header = hashlib.sha256(header_bytes(file)[0]).hexdigest()
+                    seen[-1] += [stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns, header]
+        except OSError as error:
+            raise unreadable(Path(error.filename or self.path), error) from error
         return {
+            **({"origin": self.origin} if hub else {}),
             "config_sha256": hashlib.sha256(config).hexdigest(),
-            "files_sha256": hashlib.sha256(json.dumps(stats).encode()).hexdigest(),
+            "files_sha256": hashlib.sha256(json.dumps(seen).encode()).hexdigest(),
         }
 
 
-def open_source(source: str | Path, *, revision: str | None = None) -> Source:
-    """Opens a local folder or a hub id.
+def open_source(
+    source: str | Path, *, revision: str | None = None, on_progress: Callable[[int, int], None] | None = None
+) -> Source:
+    """Opens a local folder, a hub id or a folder in object storage.
 
     Args:
-        source: folder with config.json and safetensors files, or a hub id such as `owner/name`.
+        source: folder with config.json and safetensors files, a hub id such as `owner/name`, or
+            `s3://bucket/prefix` or `gs://bucket/prefix`.
         revision: commit, tag or branch of a hub id.
+        on_progress: bytes (done, total) of a download from object storage.
 
     Raises:
         InputError: not a usable checkpoint; names the file and tensor.
-        LacksError: a hub id that cannot be downloaded and is not in the cache.
+        LacksError: a hub id that cannot be downloaded and is not in the cache; object storage that cannot be read.
     """
-    path = Path(source).expanduser()
-    if path.exists() and revision is not None:
+    try:
+        path = Path(source).expanduser()
+        exists = path.exists()
+    except OSError as error:
+        raise unreadable(Path(printable(source)), error) from error
+    except RuntimeError as error:
+        raise InputError(f"source '{source}': there is no such user", "give a folder or a hub id") from error
+    if exists and revision is not None:
         raise InputError(f"source '{source}' is a local folder, which has no revision '{revision}'", "leave one out")
-    if not path.exists():
-        if not is_hub_id(str(source)):
-            raise InputError(f"source '{source}' does not exist", "give a folder or a hub id such as owner/name")
-        path = _download(str(source), revision)
+    if exists:
+        origin = f"file:{path.absolute()}"
+    elif remote.is_remote(source):
+        path, origin = _snapshot(str(source), revision, on_progress)
+    elif is_hub_id(str(source)):
+        path = download(str(source), revision)
+        origin = f"hub:{source}@{path.name}"
+    else:
+        raise InputError(f"source '{printable(source)}' does not exist", "give a folder or a hub id such as owner/name")
     if not path.is_dir():
         raise InputError(f"source '{source}' is not a folder", "give the folder that holds config.json")
-    config = read_config(path)
-    return Source(path, config, _open_tensors(path))
+    try:
+        config, tensors = read_config(path), _open_tensors(path)
+    except OSError as error:  # a folder that may not be searched, a file that vanishes
+        raise unreadable(Path(error.filename or path), error) from error
+    _check_layer_count(path, config, tensors)
+    return Source(path, config, tensors, origin)
+
+
+def _snapshot(source: str, revision: str | None, on_progress: Callable[[int, int], None] | None) -> tuple[Path, str]:
+    """Folder and origin of an `s3://` or `gs://` source."""
+    url = remote.parse(source).url
+    if revision is not None:
+        raise InputError(f"source '{url}' is in object storage, which has no revision '{revision}'", "leave one out")
+    path = remote.snapshot(source, patterns=FILES, ignored=NOT_FILES, on_progress=on_progress)
+    return path, f"{url}@{path.name}"
 
 
 def is_hub_id(source: str) -> bool:
@@ -79,90 +135,76 @@ def is_hub_id(source: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", source) is not None
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a source folder, normalised."""
-    raw = _read_json(path / "config.json")
-    names = raw.get("architectures")
-    if not isinstance(names, list) or not names or not isinstance(names[0], str):
-        raise InputError(f"{path / 'config.json'}: key 'architectures' is missing", "add the model's class name")
-    architectures.get(names[0])
-    if (quantized := raw.get("quantization_config")) is not None:
-        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
-        raise InputError(
-            f"{path / 'config.json'}: the weights are quantised already ({method})", "use the original model"
-        )
-    return normalize_config(raw)
-
-
-def normalize_config(raw: dict[str, Any]) -> dict[str, Any]:
-    """A Hugging Face config with one spelling for what transformers 4 and 5 spell differently.
-
-    `dtype` (4: torch_dtype), `rope_theta` and `rope_scaling` (5: both inside rope_parameters). `rope_scaling` is None
-    when nothing is scaled (5 writes `rope_type: default`), else it carries both `type` and `rope_type`.
-    """
-    config = dict(raw)
-    config["dtype"] = raw.get("dtype") or raw.get("torch_dtype")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise InputError(f"config.json: rope parameters are {rope!r}, expected a mapping", "download the file again")
-    rope = dict(rope)
-    theta = rope.pop("rope_theta", None)
-    config["rope_theta"] = theta if theta is not None else raw.get("rope_theta", 10000.0)
-    kind = rope.get("rope_type", rope.get("type"))
-    if kind in (None, "default"):
-        config["rope_scaling"] = None
-    else:
-        config["rope_scaling"] = {**rope, "type": kind, "rope_type": kind}
-    return config
-
-
 def eos_token_ids(path: Path) -> list[int]:
-    """All end-of-sequence ids: generation_config.json's list where there is one, else config.json's."""
+    """All end-of-sequence ids: generation_config.json's list where there is one, else config.json's.
+
+    Raises:
+        InputError: a file is malformed, or the ids are no integers.
+    """
     for name in ("generation_config.json", "config.json"):
         file = path / name
-        value = _read_json(file).get("eos_token_id") if file.is_file() else None
-        if isinstance(value, int):
-            return [value]
-        if isinstance(value, list) and value:
-            return [int(item) for item in value]
+        value = read_json(file).get("eos_token_id") if file.is_file() else None
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(item) is int and item >= 0 for item in values):
+            raise InputError(
+                f"{file}: eos_token_id is {printable(repr(value))}, expected token ids", "correct the file"
+            )
+        if values:
+            return values
     return []
 
 
+def is_ignored(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a source tensor matches one of an architecture's `ignored` patterns."""
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
 def _open_tensors(path: Path) -> dict[str, TensorEntry]:
-    index = path / "model.safetensors.index.json"
-    single = path / "model.safetensors"
-    if index.is_file():
-        return _open_shards(path, index)
-    if single.is_file():
-        return read_header(single)
-    pickled = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+    # In transformers' order, so that what is converted is what it would load. A broken link counts as being there.
+    if os.path.lexists(path / _SINGLE):
+        return read_header(path / _SINGLE)
+    if os.path.lexists(path / _INDEX):
+        return _open_shards(path, path / _INDEX)
+    raise _no_weights(path)
+
+
+def _no_weights(path: Path) -> InputError:
+    names = sorted(file.name for file in path.iterdir() if file.name != "training_args.bin")
+    pickled = [printable(name) for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if pickled:
-        raise InputError(
+        return InputError(
             f"{path} holds pickled weights ({pickled[0]}), which can run any code when they are loaded",
             'if you trust them, rewrite them once: python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{path}').save_pretrained('{path}-safetensors')\"",
         )
-    raise InputError(
-        f"{path} holds neither model.safetensors nor model.safetensors.index.json", "is the download complete?"
-    )
+    cause = f"{path} holds neither {_SINGLE} nor {_INDEX}"
+    if "adapter_model.safetensors" in names:
+        fix = "merge it into its base model (merge_and_unload of the package peft) and save that"
+        return InputError(f"{cause}, only an adapter (adapter_model.safetensors)", fix)
+    other = [printable(name) for name in names if name.endswith((".gguf", ".h5", ".msgpack", ".onnx", ".safetensors"))]
+    if other:
+        return InputError(f"{cause}, only weights in another layout ({other[0]})", "use the Hugging Face checkpoint")
+    return InputError(cause, "is the download complete?")
 
 
 def _open_shards(path: Path, index: Path) -> dict[str, TensorEntry]:
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise InputError(f"{index}: key 'weight_map' is missing or not a mapping of names", "download the index again")
+    weight_map = _weight_map(index)
     tensors: dict[str, TensorEntry] = {}
     for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard:
-            raise InputError(f"{index}: shard name '{shard}' leaves the folder", "do not use this checkpoint")
-        if not (path / shard).is_file():
+        if not os.path.lexists(path / shard):
             tensor = next(name for name, file in weight_map.items() if file == shard)
             raise InputError(
                 f"{path / shard} is missing (the index expects tensor '{tensor}' in it)", "finish the download"
             )
         for name, entry in read_header(path / shard).items():
-            if weight_map.get(name) == shard:
-                tensors[name] = entry
+            place = weight_map.get(name, shard)
+            if name in tensors or place != shard:
+                elsewhere = tensors[name].path.name if name in tensors else place
+                raise InputError(
+                    f"{path / shard}: tensor '{name}' is in {elsewhere} too, or should be, by the index",
+                    "shards and index are not of one download: download them all again",
+                )
+            tensors[name] = entry
     for name, shard in weight_map.items():
         if name not in tensors:
             raise InputError(
@@ -171,48 +213,31 @@ def _open_shards(path: Path, index: Path) -> dict[str, TensorEntry]:
     return tensors
 
 
-def _download(repo: str, revision: str | None) -> Path:
-    import huggingface_hub
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    offline = "run once with a connection, or copy the checkpoint here and give its folder"
-    try:
-        return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
-    except GatedRepoError as error:
-        fix = f"accept its licence at the hub's page of {repo}, then set HF_TOKEN"
-        raise LacksError(f"'{repo}' is gated and this machine has no access to it", fix) from error
-    except RevisionNotFoundError as error:
-        raise InputError(f"'{repo}' has no revision '{revision}'", "give an existing commit, tag or branch") from error
-    except RepositoryNotFoundError as error:
-        raise InputError(
-            f"'{repo}' is neither a local folder nor a model on the hub", "check the name; private ones need HF_TOKEN"
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        at = f" at revision '{revision}'" if revision else ""
-        cause = f"cannot reach the hub, and '{repo}'{at} is neither a folder here nor in the hub's local cache"
-        raise LacksError(cause, offline) from error
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> shard, every one of them a file name in this folder."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise InputError(f"{index}: key 'weight_map' is missing or not a mapping of names", "download the index again")
+    if not weight_map:
+        raise InputError(f"{index}: 'weight_map' names no tensor", "download the index again")
+    for name, shard in weight_map.items():
+        if not is_name(name):
+            raise InputError(f"{index}: no tensor can be named '{printable(name)}'", "do not use this checkpoint")
+        if not is_name(shard) or len(shard.encode()) > 255:
+            raise InputError(f"{index}: no file can be named '{printable(shard)}'", "do not use this checkpoint")
+        if shard == ".." or Path(shard).name != shard:
+            raise InputError(
+                f"{index}: shard name '{printable(shard)}' leaves the folder", "do not use this checkpoint"
+            )
+    return weight_map
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"cannot read {path}: {error.strerror}", "is this the folder of a Hugging Face checkpoint?"
-        ) from error
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error})", "download the file again") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: not a JSON object", "download the file again")
-    return data
-
-
-def is_ignored(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a source tensor matches one of an architecture's `ignored` patterns."""
-    return any(re.fullmatch(pattern, name) for pattern in patterns)
+def _check_layer_count(path: Path, config: dict[str, Any], tensors: dict[str, TensorEntry]) -> None:
+    """Whoever plans a conversion goes through all layers, so their number must be one that the weights can have."""
+    for key in _LAYER_COUNTS:
+        count = config.get(key)
+        if type(count) is int and count > len(tensors):
+            raise InputError(
+                f"{path / 'config.json'}: {key} is {printable(count, 30)}, the weights are {len(tensors)} tensors",
+                "config.json and the weights do not belong together",
+            )

@@ -7,6 +7,8 @@ little-endian. `__metadata__` holds strings.
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import json
 import math
 import os
@@ -21,9 +23,18 @@ import numpy as np
 import numpy.typing as npt
 
 from trtkit.errors import InputError
+from trtkit.untrusted import is_name, open_plain, parse_json, printable, refuse_pointer, unreadable
+
+COPY_BYTES = 64 << 20
+"""Most that one call to the kernel copies: between two, an interrupt is noticed."""
+_FALLBACK_BYTES = 4 << 20
 
 MAX_HEADER = 100_000_000
 """Largest header that the format's own reader accepts, in bytes."""
+MAX_RANK = 32
+"""Most axes of a tensor; numpy before 2 has no more."""
+
+_FIX = "download or write the file again"
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
@@ -73,55 +84,85 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     Raises:
         InputError: the file is missing, truncated, or its header is not valid; names the file and the tensor.
     """
-    fix = "download or write the file again"
+    raw, size = header_bytes(path)
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or length > min(MAX_HEADER, size - 8):
-                raise InputError(f"{path}: not a safetensors file, or truncated within its header", fix)
-            raw = file.read(length)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}", "check the path and its permissions") from error
-    try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        entries = {name: _entry(path, name, record, 8 + length) for name, record in header.items()}
-    except InputError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path}: the safetensors header is corrupt ({error})", fix) from error
-    _check_layout(path, entries, 8 + length, size, fix)
+        header = parse_json(raw)
+    except ValueError as error:
+        raise _corrupt(path, str(error)) from error
+    if not isinstance(header, dict):
+        raise _corrupt(path, "not a JSON object")
+    data_start = 8 + len(raw)
+    entries = {
+        name: _entry(path, name, record, data_start) for name, record in header.items() if name != "__metadata__"
+    }
+    _check_layout(path, entries, data_start, size)
     return entries
 
 
-def _entry(path: Path, name: str, record: Mapping[str, Any], data_start: int) -> TensorEntry:
-    if record["dtype"] not in DTYPES:
-        raise InputError(f"{path}: tensor '{name}' has dtype {record['dtype']}, which trtkit does not read", "")
-    begin, end = record["data_offsets"]
-    shape = tuple(int(extent) for extent in record["shape"])
-    entry = TensorEntry(path, name, DTYPES[record["dtype"]], shape, data_start + int(begin))
-    if end - begin != entry.nbytes or begin < 0 or any(extent < 0 for extent in shape):
-        raise InputError(
-            f"{path}: tensor '{name}' claims {end - begin} bytes, {record['dtype']}{list(shape)} takes {entry.nbytes}",
-            "download or write the file again",
-        )
+def header_bytes(path: Path) -> tuple[bytes, int]:
+    """The JSON of a file's header as it stands there, and the size of the whole file in bytes.
+
+    Raises:
+        InputError: the file is missing, unreadable, not a safetensors file, or ends within its header.
+    """
+    with open_plain(path) as file:
+        try:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > min(MAX_HEADER, size - 8):
+                refuse_pointer(path, prefix + file.read(100))
+                raise InputError(f"{path}: not a safetensors file, or truncated within its header", _FIX)
+            raw = file.read(length)
+        except OSError as error:
+            raise unreadable(path, error) from error
+    if len(raw) < length:
+        raise InputError(f"{path}: truncated within its header", _FIX)
+    return raw, size
+
+
+def _corrupt(path: Path, reason: str) -> InputError:
+    return InputError(f"{path}: the safetensors header is corrupt ({reason})", _FIX)
+
+
+def _entry(path: Path, name: str, record: Any, data_start: int) -> TensorEntry:
+    if not is_name(name):
+        raise _corrupt(path, f"no tensor can be named '{printable(name)}'")
+    if not isinstance(record, dict) or not {"dtype", "shape", "data_offsets"} <= record.keys():
+        raise _corrupt(path, f"tensor '{name}' lacks its dtype, shape or data_offsets")
+    kind, extents, offsets = record["dtype"], record["shape"], record["data_offsets"]
+    if not isinstance(kind, str) or kind not in DTYPES:
+        cause = f"{path}: tensor '{name}' has dtype {printable(kind)}, which trtkit does not read"
+        raise InputError(cause, f"known: {', '.join(DTYPES)}; start from the unquantised model")
+    # Rank first: the product of a million huge extents would take for ever.
+    if not isinstance(extents, list) or len(extents) > MAX_RANK or not all(map(_is_size, extents)):
+        raise _corrupt(path, f"tensor '{name}' has shape {printable(extents)}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise _corrupt(path, f"tensor '{name}' has data_offsets {printable(offsets)}")
+    begin, end = offsets
+    entry = TensorEntry(path, name, DTYPES[kind], tuple(extents), data_start + begin)
+    if end - begin != entry.nbytes:
+        claim = f"{path}: tensor '{name}' claims {end - begin} bytes"
+        raise InputError(f"{claim}, {kind}{extents} takes {entry.nbytes}", _FIX)
     return entry
 
 
-def _check_layout(path: Path, entries: Mapping[str, TensorEntry], data_start: int, size: int, fix: str) -> None:
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63  # neither true, which is an int too, nor 4.0
+
+
+def _check_layout(path: Path, entries: Mapping[str, TensorEntry], data_start: int, size: int) -> None:
     """The data section is covered without gaps or overlaps, and it ends where the file ends."""
     position = data_start
     for entry in sorted(entries.values(), key=lambda e: (e.start, e.nbytes)):
         if entry.start + entry.nbytes > size:
             missing = entry.start + entry.nbytes - size
-            raise InputError(f"{path}: truncated: tensor '{entry.name}' ends {missing} bytes after the file does", fix)
+            raise InputError(f"{path}: truncated: tensor '{entry.name}' ends {missing} bytes after the file does", _FIX)
         if entry.start != position:
-            raise InputError(f"{path}: tensor '{entry.name}' leaves a gap or overlaps its neighbour", fix)
+            raise InputError(f"{path}: tensor '{entry.name}' leaves a gap or overlaps its neighbour", _FIX)
         position += entry.nbytes
     if position != size:
-        raise InputError(f"{path}: {size - position} bytes follow the last tensor", fix)
+        raise InputError(f"{path}: {size - position} bytes follow the last tensor", _FIX)
 
 
 class Reader:
@@ -158,10 +199,22 @@ class Reader:
         """The whole tensor."""
         return self.elements(entry, 0, math.prod(entry.shape)).reshape(entry.shape)
 
+    def strided(self, entry: TensorEntry, start: int, rows: int, stride: int, length: int) -> npt.NDArray[Any]:
+        """`rows` runs of `length` elements, `stride` elements apart, from flat index `start`; shape `(rows, length)`."""
+        out = np.empty((rows, length), dtype=entry.dtype)
+        size = entry.dtype.itemsize
+        for row, buffer in enumerate(out.view(np.uint8)):
+            self._fill(entry, entry.start + (start + row * stride) * size, buffer.data)
+        return out
+
+    def descriptor(self, path: Path) -> int:
+        """File descriptor of an input file, open until this reader is left."""
+        if path not in self._files:
+            self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return self._files[path]
+
     def _fill(self, entry: TensorEntry, offset: int, buffer: memoryview) -> None:
-        if entry.path not in self._files:
-            self._files[entry.path] = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC)
-        descriptor = self._files[entry.path]
+        descriptor = self.descriptor(entry.path)
         while buffer:
             count = os.preadv(descriptor, [buffer], offset)
             if count == 0:
@@ -189,14 +242,24 @@ class Writer:
 
     The file gets its full size at once, so a full disk shows at the start where the filesystem allows it, and what is
     never written reads as zeros. The bytes depend only on the specs and the data.
+
+    Args:
+        specs: the tensors, in the order in which they shall lie in the file.
+        resume: go on with a file that an earlier writer with the same specs began.
+
+    Attributes:
+        order: the tensors in the order in which they lie in the file: that of `specs`, unless some tensor would then
+            not be aligned to its element size.
+        starts: tensor -> byte offset in the file.
+        size: bytes of the whole file.
     """
 
-    def __init__(self, path: Path, specs: Sequence[TensorSpec]) -> None:
+    def __init__(self, path: Path, specs: Sequence[TensorSpec], *, resume: bool = False) -> None:
         self.path = path
+        self.order = _aligned(specs)
         records: dict[str, Any] = {}
         position = 0
-        # Wide elements first keeps every tensor aligned to its element size, as the format's own writer does.
-        for spec in sorted(specs, key=lambda s: (-s.dtype.itemsize, s.name)):
+        for spec in self.order:
             records[spec.name] = {
                 "dtype": _NAMES[spec.dtype],
                 "shape": list(spec.shape),
@@ -206,22 +269,77 @@ class Writer:
         header = json.dumps(records, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)
         data_start = 8 + len(header)
-        self._starts = {name: data_start + record["data_offsets"][0] for name, record in records.items()}
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        if position:
-            os.posix_fallocate(self._file, 0, data_start + position)
-        self._write_all(0, len(header).to_bytes(8, "little") + header)
+        self.starts = {name: data_start + record["data_offsets"][0] for name, record in records.items()}
+        self.size = data_start + position
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        self._file = os.open(path, flags if resume else flags | os.O_EXCL, 0o666)
+        try:
+            _allocate(self._file, self.size)
+            self._write_all(0, len(header).to_bytes(8, "little") + header)
+        except BaseException:
+            os.close(self._file)
+            raise
 
     def write(self, name: str, element: int, values: npt.NDArray[Any]) -> None:
         """Writes `values` (any shape, C order, of the tensor's dtype) from flat index `element` of tensor `name`."""
         flat = np.ascontiguousarray(values).reshape(-1)
-        self._write_all(self._starts[name] + element * flat.dtype.itemsize, flat.view(np.uint8).data)
+        self._write_all(self.starts[name] + element * flat.dtype.itemsize, flat.view(np.uint8).data)
+
+    def copy(self, name: str, element: int, reader: Reader, entry: TensorEntry, start: int, count: int) -> None:
+        """Copies `count` elements from flat index `start` of `entry`, of the same dtype, to flat index `element` of
+        tensor `name`, within the kernel where it can."""
+        size = entry.dtype.itemsize
+        origin, target = entry.start + start * size, self.starts[name] + element * size
+        left, descriptor = count * size, reader.descriptor(entry.path)
+        while left:
+            try:
+                copied = os.copy_file_range(descriptor, self._file, min(left, COPY_BYTES), origin, target)
+            except OSError as error:
+                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
+                    raise
+                copied = self._copy_through_memory(descriptor, min(left, _FALLBACK_BYTES), origin, target)
+            if copied == 0:
+                raise InputError(
+                    f"{entry.path}: ends within tensor '{entry.name}'", "the file was changed while it was read"
+                )
+            left, origin, target = left - copied, origin + copied, target + copied
+
+    def read(self, offset: int, count: int) -> bytes:
+        """`count` bytes of the file."""
+        return os.pread(self._file, count, offset)
+
+    def sync(self) -> None:
+        """Returns once the file is on the disk."""
+        os.fsync(self._file)
 
     def close(self) -> None:
         os.close(self._file)
+
+    def _copy_through_memory(self, descriptor: int, count: int, origin: int, target: int) -> int:
+        data = os.pread(descriptor, count, origin)
+        self._write_all(target, data)
+        return len(data)
 
     def _write_all(self, offset: int, data: bytes | memoryview) -> None:
         view = memoryview(data)
         while view:
             count = os.pwrite(self._file, view, offset)
             view, offset = view[count:], offset + count
+
+
+def _aligned(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
+    position = 0
+    for spec in specs:
+        if position % spec.dtype.itemsize:
+            return sorted(specs, key=lambda s: -s.dtype.itemsize)
+        position += spec.nbytes
+    return list(specs)
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    """Reserves the space of a file. Unlike posix_fallocate, never by writing zeros where the filesystem cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.fallocate64(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)):
+        if ctypes.get_errno() not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        os.ftruncate(descriptor, size)

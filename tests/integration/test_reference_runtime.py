@@ -19,9 +19,9 @@ from tritonclient import grpc
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from trtkit.config import CheckpointConfig
-from trtkit.convert.plan import plan_conversion
+from trtkit.convert.source import plan_conversion
 from trtkit.convert.readback import load_transformers_model
-from trtkit.convert.stream import convert
+from trtkit.convert.conversion import convert
 from trtkit.deploy.local import running_server
 from trtkit.errors import CheckFailedError
 from trtkit.hf import open_source

@@ -346,8 +346,8 @@ def test_the_reference_runtime_answers_like_transformers(
     import transformers
 
     from trtkit.config import CheckpointConfig
-    from trtkit.convert.plan import plan_conversion
-    from trtkit.convert.stream import convert
+    from trtkit.convert.source import plan_conversion
+    from trtkit.convert.conversion import convert
     from trtkit.hf import open_source
 
     tokenizer_dir = write_tokenizer(tmp_path / "tokenizer")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 
 from trtkit import hf
 from trtkit.config import CheckpointConfig
-from trtkit.convert.plan import plan_conversion
+from trtkit.convert.source import plan_conversion
 from trtkit.errors import InputError, LacksError, TrtkitError
 
 
@@ -156,31 +158,19 @@ def test_shard_names_cannot_leave_the_folder(make_source: Any, tmp_path: Path) -
 
 
 def test_tied_source_may_carry_a_copy_of_lm_head(make_source: Any) -> None:
+    """The copy is accepted, and it is the embedding that is converted: the plan reads no lm_head."""
     folder = make_source(tie_word_embeddings=True)
+    plain = plan_conversion(hf.open_source(folder), CheckpointConfig())
     rewrite(folder, lambda state: state.update({"lm_head.weight": state["model.embed_tokens.weight"].clone()}))
-    plan_conversion(hf.open_source(folder), CheckpointConfig())
-
-
-@pytest.mark.parametrize(
-    ("raw", "theta", "scaling"),
-    [
-        ({}, 10000.0, None),
-        ({"rope_theta": 5e5, "rope_scaling": None}, 5e5, None),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 5e5, None),
-        ({"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}}, 1e4,
-         {"type": "linear", "rope_type": "linear", "factor": 2.0}),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0}}, 7.0,
-         {"type": "linear", "rope_type": "linear", "factor": 2.0}),
-    ],
-)  # fmt: skip
-def test_rope_spellings(raw: dict[str, Any], theta: float, scaling: dict[str, Any] | None) -> None:
-    config = hf.normalize_config(raw)
-    assert (config["rope_theta"], config["rope_scaling"]) == (theta, scaling)
-
-
-def test_dtype_spellings() -> None:
-    assert hf.normalize_config({"torch_dtype": "float16"})["dtype"] == "float16"
-    assert hf.normalize_config({"dtype": "bfloat16"})["dtype"] == "bfloat16"
+    source = hf.open_source(folder)
+    assert "lm_head.weight" in source.tensors
+    plan = plan_conversion(source, CheckpointConfig())
+    assert "lm_head.weight" not in plan.sources
+    assert plan == plain
+    edited = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**edited, "tie_word_embeddings": False}))
+    untied = plan_conversion(hf.open_source(folder), CheckpointConfig())
+    assert "lm_head.weight" in untied.sources
 
 
 @pytest.mark.parametrize(
@@ -214,6 +204,68 @@ def test_identity_follows_content(make_source: Any, edit_config: Any) -> None:
     assert hf.open_source(folder).identity() == before
     edit_config(folder, rope_theta=5.0)
     assert hf.open_source(folder).identity() != before
+
+
+def other_weights(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def other_file(file: Path) -> None:
+    other_weights(file)
+    file.rename(file.with_suffix(".old"))
+    shutil.copy(file.with_suffix(".old"), file)
+
+
+def other_header(file: Path) -> None:
+    data = file.read_bytes()
+    file.write_bytes(data.replace(b"model.norm.weight", b"model.Norm.weight", 1))
+
+
+@pytest.mark.parametrize("change", [other_weights, other_file, other_header])
+def test_identity_tells_fine_tunes_apart(change: Any, make_source: Any) -> None:
+    """Of one name, size and time, as copies that keep times (rsync -t, cp -p) make them."""
+    folder = make_source()
+    file = folder / "model.safetensors"
+    before, stat = hf.open_source(folder).identity(), file.stat()
+    change(file)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    after = file.stat()
+    assert (after.st_size, after.st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+    assert hf.open_source(folder).identity() != before
+
+
+def test_identity_of_a_commit_is_the_same_everywhere(make_source: Any, tmp_path: Path) -> None:
+    opened = hf.open_source(make_source(max_shard_size="100KB"))
+    copy = tmp_path / "another machine"
+    shutil.copytree(opened.path, copy)
+    origin = f"hub:owner/name@{'a' * 40}"
+    here, there = (replace(hf.open_source(path), origin=origin) for path in (opened.path, copy))
+    assert here.identity() == there.identity()
+    assert opened.identity() != hf.open_source(copy).identity() != here.identity()
+    assert replace(here, origin=f"hub:owner/name@{'b' * 40}").identity() != here.identity()
+    shorter = dict(list(here.tensors.items())[:1])
+    assert replace(here, tensors=shorter).identity() != here.identity()
+
+
+def test_origin_of_a_folder(make_source: Any) -> None:
+    folder = make_source()
+    assert hf.open_source(folder).origin == f"file:{folder}"
+
+
+def test_single_file_is_preferred_as_transformers_does(make_source: Any) -> None:
+    folder = make_source(max_shard_size="100KB")
+    whole = make_source()
+    shutil.copy(whole / "model.safetensors", folder)
+    assert {entry.path.name for entry in hf.open_source(folder).tensors.values()} == {"model.safetensors"}
+
+
+@pytest.mark.parametrize("value", ["x", True, -1, 1.5, [1, "2"], {"a": 1}])
+def test_end_ids_that_are_none(value: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(InputError, match="eos_token_id is"):
+        hf.eos_token_ids(tmp_path)
 
 
 def test_offline_hub_id_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def header_file(path: Path, header: dict[str, Any], data: bytes) -> Path:
     ("header", "size", "message"),
     [
         ({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, 4, "tensor 'x' claims 4 bytes"),
-        ({"x": {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}}, 4, "tensor 'x' claims -4 bytes"),
+        ({"x": {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}}, 4, r"tensor 'x' has shape \[-1\]"),
         ({"x": {"dtype": "Q4", "shape": [2], "data_offsets": [0, 1]}}, 1, "dtype Q4"),
         ({"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, 8, "gap or overlaps"),
         ({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, 6, "2 bytes follow the last tensor"),

@@ -61,8 +61,8 @@ def command(
     """
     from trtkit import hf
     from trtkit.config import CheckpointConfig
-    from trtkit.convert.plan import plan_conversion
-    from trtkit.convert.stream import check_target, convert
+    from trtkit.convert.source import plan_conversion
+    from trtkit.convert.conversion import check_target, convert
 
     opened = hf.open_source(source, revision=revision)
     plan = plan_conversion(opened, CheckpointConfig(tp=tp, pp=pp, dtype=dtype, parallel_embedding=parallel_embedding))

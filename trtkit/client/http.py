@@ -228,13 +228,19 @@ def _flat(inputs: Sequence[tensors.Tensor], request_id: str) -> dict[str, Any]:
     """The body of generate: a bare value for shape [1, 1], a list for more, nothing of the batch dimension."""
     body: dict[str, Any] = {"id": request_id}
     for tensor in inputs:
-        if tensor.datatype != "BYTES":
-            tensor.to_bytes()  # checks its range: the server would cut a JSON number to the dtype's bits, silently
+        _check_range(tensor)
         body[tensor.name] = tensor.data[0] if tensor.shape in ((1, 1), (1,)) else list(tensor.data)
     return body
 
 
+def _check_range(tensor: tensors.Tensor) -> None:
+    """Refuses numbers that do not fit: the server would cut them to the dtype's bits, silently."""
+    if tensor.datatype != "BYTES":
+        tensor.to_bytes()
+
+
 def _described(tensor: tensors.Tensor) -> dict[str, Any]:
+    _check_range(tensor)
     return {
         "name": tensor.name,
         "datatype": tensor.datatype,

@@ -6,22 +6,23 @@ A plan follows from the checkpoint's config.json alone, so whoever holds a check
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from trtkit import __version__, architectures
-from trtkit.architectures.rules import Architecture, Part, Split, Weight, sizes
+from trtkit import architectures
+from trtkit.architectures.rules import Extent, Part, Split, Weight, sizes
 from trtkit.checkpoint import stage_layers
-from trtkit.config import CheckpointConfig
+from trtkit.convert.parallelism import check_parallelism
 from trtkit.errors import InputError
-from trtkit.hf import Source, is_ignored
 from trtkit.safetensors_io import DTYPES
 
 Box = tuple[tuple[int, int], ...]
 """Start and stop per axis."""
 
-_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+CHECKPOINT_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+"""Dtypes of checkpoints -> safetensors' spelling."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,22 @@ class Piece:
 
     Attributes:
         source: name of the source tensor.
+        view: shape that the box refers to. It has as many elements as the source tensor, but maybe more axes.
         box: what is taken of it, in elements.
         element: flat index in the checkpoint tensor where it starts.
+        transposed: the two axes of the box are swapped in the checkpoint tensor.
+        plus: added to every value.
+        counted: no lower rank and no earlier tensor holds the same elements, so that an account of what happened to the
+            source's values is made exactly once, however the ranks are shared out.
     """
 
     source: str
+    view: tuple[int, ...]
     box: Box
     element: int
+    transposed: bool = False
+    plus: float = 0.0
+    counted: bool = True
 
     @property
     def count(self) -> int:
@@ -45,11 +55,40 @@ class Piece:
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor of one rank's file. Elements that no piece covers are zero (vocabulary padding)."""
+    """A tensor of one rank's file. Elements that no piece covers are zero (vocabulary padding).
+
+    Attributes:
+        dtype: safetensors' spelling.
+        unit: place in the order of execution: 0 before the layers, then one per layer, then one for what follows them.
+    """
 
     name: str
+    dtype: str
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    unit: int
+    locate: Callable[[], tuple[Piece, ...]] = field(repr=False, compare=False)
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """What it is made of. Computed anew each time: all pieces of a large model would fill the memory."""
+        return self.locate()
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A piece, with the tensor and the rank that it belongs to."""
+
+    rank: int
+    tensor: PlannedTensor
+    piece: Piece
+
+    @property
+    def nbytes(self) -> int:
+        return self.piece.count * DTYPES[self.tensor.dtype].itemsize
 
 
 @dataclass(frozen=True)
@@ -58,7 +97,7 @@ class Plan:
 
     Attributes:
         config: config.json of the checkpoint.
-        ranks: the tensors of each rank's file.
+        ranks: the tensors of each rank's file, in order of execution.
         sources: shape of every source tensor that the plan reads.
     """
 
@@ -66,150 +105,204 @@ class Plan:
     ranks: list[list[PlannedTensor]]
     sources: dict[str, tuple[int, ...]]
 
-    @property
-    def safetensors_dtype(self) -> str:
-        """Dtype of all tensors, in safetensors' spelling."""
-        return _DTYPES[self.config["dtype"]]
-
     def rank_bytes(self, rank: int) -> int:
         """Bytes of a rank's tensors."""
-        size = DTYPES[self.safetensors_dtype].itemsize
-        return sum(math.prod(tensor.shape) * size for tensor in self.ranks[rank])
+        return sum(tensor.nbytes for tensor in self.ranks[rank])
 
-    def placements(self) -> dict[str, list[tuple[int, str, Piece]]]:
-        """Source tensor -> every (rank, checkpoint tensor, piece) that holds a part of it."""
-        found: dict[str, list[tuple[int, str, Piece]]] = {name: [] for name in self.sources}
-        for rank, tensors in enumerate(self.ranks):
-            for tensor in tensors:
+    def stages(self) -> list[list[int]]:
+        """The ranks of each pipeline stage, which read the same source tensors."""
+        tp = self.config["mapping"]["tp_size"]
+        return [list(range(first, first + tp)) for first in range(0, len(self.ranks), tp)]
+
+    def units(self, ranks: Collection[int] | None = None) -> Iterator[tuple[int, dict[str, list[Placement]]]]:
+        """The model in order of execution, one layer at a time: number of the unit, and for every source tensor that
+        some of `ranks` (default: all) take a part of, where its pieces go."""
+        chosen = sorted(range(len(self.ranks)) if ranks is None else ranks)
+        by_unit: dict[int, list[tuple[int, PlannedTensor]]] = {}
+        for rank in chosen:
+            for tensor in self.ranks[rank]:
+                by_unit.setdefault(tensor.unit, []).append((rank, tensor))
+        for unit in sorted(by_unit):
+            found: dict[str, list[Placement]] = {}
+            for rank, tensor in by_unit[unit]:
                 for piece in tensor.pieces:
-                    found[piece.source].append((rank, tensor.name, piece))
-        return found
-
-
-def plan_conversion(source: Source, options: CheckpointConfig) -> Plan:
-    """The plan for a source, after checking that the source holds exactly what the plan reads.
-
-    Raises:
-        InputError: sizes that TP or PP does not divide, missing, surplus or misshapen tensors.
-    """
-    architecture = architectures.get(source.architecture)
-    model = architecture.checkpoint_config(source.config)
-    plan = plan_checkpoint(_complete_config(model, source, options))
-    _check_source(plan, source, architecture)
-    return plan
+                    found.setdefault(piece.source, []).append(Placement(rank, tensor, piece))
+            yield unit, found
 
 
 def plan_checkpoint(config: Mapping[str, Any]) -> Plan:
     """The plan behind a checkpoint's config.json.
 
     Raises:
-        InputError: an unknown architecture or dtype, or sizes that TP or PP does not divide.
+        InputError: an unknown architecture or dtype, or sizes that the layout does not divide.
     """
     architecture = architectures.get(config["architecture"])
-    if config["dtype"] not in _DTYPES:
-        raise InputError(f"checkpoint dtype '{config['dtype']}' is not one of {', '.join(_DTYPES)}", "convert again")
-    tp, pp = config["mapping"]["tp_size"], config["mapping"]["pp_size"]
-    _check_parallelism(config, tp, pp)
-    weights = [weight for weight in architecture.weights if weight.when(config)]
+    if config["dtype"] not in CHECKPOINT_DTYPES:
+        known = ", ".join(CHECKPOINT_DTYPES)
+        raise InputError(f"checkpoint dtype '{config['dtype']}' is not one of {known}", "convert again")
+    try:
+        check_parallelism(config, architecture)
+        weights = [weight for weight in architecture.weights if weight.when(config)]
+        planner = _Planner(config, {**sizes(config), **architecture.sizes(config)}, weights)
+    except KeyError as error:
+        raise InputError(f"config.json of the checkpoint lacks the key {error}", "convert again") from error
+    ranks: list[list[PlannedTensor]] = []
     sources: dict[str, tuple[int, ...]] = {}
-    ranks = []
-    stages = stage_layers(config["num_hidden_layers"], pp)
-    for stage, layers in enumerate(stages):
+    tp, pp = config["mapping"]["tp_size"], config["mapping"]["pp_size"]
+    for stage, layers in enumerate(stage_layers(config["num_hidden_layers"], pp)):
         named = list(_instances(weights, layers, first=stage == 0, last=stage == pp - 1))
+        for weight, _, layer in named:
+            sources.update(planner.sources(weight, layer))
+        last = config["num_hidden_layers"] + 1
         for tp_rank in range(tp):
-            ranks.append([_plan_tensor(*place, config, tp, tp_rank, sources) for place in named])
+            ranks.append([planner.tensor(*place, tp_rank, last) for place in named])
     return Plan(dict(config), ranks, sources)
-
-
-def valid_tp_sizes(config: Mapping[str, Any], limit: int = 64) -> list[int]:
-    """TP sizes up to `limit` that the model's heads and widths allow."""
-    return [tp for tp in range(1, limit + 1) if _tp_problem(config, tp) is None]
-
-
-def _complete_config(model: dict[str, Any], source: Source, options: CheckpointConfig) -> dict[str, Any]:
-    """The model's keys plus those of layout. All defaults are written out: TRT-LLM's own are wrong for most models and
-    it does not complain when they apply."""
-    dtype: str = options.dtype
-    if dtype == "auto":
-        given = source.config.get("dtype") or "float16"
-        if given not in ("float16", "bfloat16", "float32", "float64"):
-            raise InputError(f"config.json: dtype {given!r} is not a weight dtype", "give --dtype")
-        dtype = given if given in ("float16", "bfloat16") else "float16"
-    sharding = {"none": (False, 0), "vocab": (True, 0), "hidden": (True, 1)}[options.parallel_embedding]
-    return {
-        **model,
-        "dtype": dtype,
-        "logits_dtype": "float32",
-        "use_parallel_embedding": sharding[0],
-        "embedding_sharding_dim": sharding[1],
-        "mapping": {"world_size": options.tp * options.pp, "tp_size": options.tp, "pp_size": options.pp},
-        "quantization": {"quant_algo": None, "kv_cache_quant_algo": None},
-        "producer": {"name": "trtkit", "version": __version__},
-    }
-
-
-def _tp_problem(config: Mapping[str, Any], tp: int) -> str | None:
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    if heads % tp:
-        return f"num_attention_heads {heads} is not a multiple of it"
-    if kv_heads % tp and tp % kv_heads:
-        return f"num_key_value_heads {kv_heads} is neither a multiple nor a divisor of it"
-    if config["intermediate_size"] % tp:
-        return f"intermediate_size {config['intermediate_size']} is not a multiple of it"
-    if (
-        config.get("use_parallel_embedding")
-        and config.get("embedding_sharding_dim") == 1
-        and config["hidden_size"] % tp
-    ):
-        return f"hidden_size {config['hidden_size']} is not a multiple of it"
-    return None
-
-
-def _check_parallelism(config: Mapping[str, Any], tp: int, pp: int) -> None:
-    if problem := _tp_problem(config, tp):
-        valid = ", ".join(map(str, valid_tp_sizes(config)))
-        raise InputError(f"TP {tp} does not fit this model: {problem}", f"valid TP sizes: {valid}")
-    layers = config["num_hidden_layers"]
-    if pp > layers:
-        raise InputError(f"PP {pp} does not fit this model: it has {layers} layers", f"valid PP sizes: 1 to {layers}")
 
 
 def _instances(
     weights: list[Weight], layers: range, *, first: bool, last: bool
 ) -> Iterator[tuple[Weight, int | None, int | None]]:
-    """Each tensor of a pipeline stage: its rule, its layer within the stage and in the model (None outside layers)."""
-    for weight in weights:
-        if weight.stage == "layers":
-            for local, layer in enumerate(layers):
-                yield weight, local, layer
-        elif (weight.stage == "first" and first) or (weight.stage == "last" and last):
-            yield weight, None, None
+    """Each tensor of a pipeline stage, in execution order: its rule, its layer within the stage and in the model (None
+    outside layers)."""
+    if first:
+        yield from ((weight, None, None) for weight in weights if weight.stage == "first")
+    for local, layer in enumerate(layers):
+        yield from ((weight, local, layer) for weight in weights if weight.stage == "layers")
+    if last:
+        yield from ((weight, None, None) for weight in weights if weight.stage == "last")
 
 
-def _plan_tensor(
-    weight: Weight,
-    local: int | None,
-    layer: int | None,
-    config: Mapping[str, Any],
-    tp: int,
-    tp_rank: int,
-    sources: dict[str, tuple[int, ...]],
-) -> PlannedTensor:
-    extents = sizes(config)
-    pieces = []
-    rows = 0
-    rest: tuple[int, ...] = ()
-    for part in weight.parts:
-        shape = tuple(extents[axis] for axis in part.shape)
-        source = part.source.format(layer=layer)
-        sources[source] = shape
-        box, local_shape = _split(_resolve(part.split, config), shape, part, extents, tp, tp_rank)
-        rest = local_shape[1:]
-        piece = Piece(source, box, rows * math.prod(rest))
-        if piece.count:
-            pieces.append(piece)
-        rows += local_shape[0]
-    return PlannedTensor(weight.name.format(layer=local), (rows, *rest), tuple(pieces))
+class _Planner:
+    """Plans the tensors of one checkpoint."""
+
+    def __init__(self, config: Mapping[str, Any], extents: Mapping[str, int], weights: list[Weight]) -> None:
+        self.config = config
+        self.extents = extents
+        mapping = config["mapping"]
+        self.tp = mapping["tp_size"]
+        self.expert_parallel = mapping.get("moe_ep_size", 1)
+        self.dtype = CHECKPOINT_DTYPES[config["dtype"]]
+        self._owner: dict[str, str] = {}
+        """Source -> the first tensor that it goes into (a tied embedding goes into two)."""
+        for weight in weights:
+            for part in weight.parts:
+                self._owner.setdefault(part.source, weight.name)
+
+    def tensor(
+        self, weight: Weight, local: int | None, layer: int | None, tp_rank: int, last_unit: int
+    ) -> PlannedTensor:
+        unit = {"first": 0, "layers": (layer or 0) + 1, "last": last_unit}[weight.stage]
+        experts, tp, place = self._experts(weight, tp_rank)
+        shapes = [self._split(part, self._shape(part.shape), tp, place)[1] for part in weight.parts]
+        shape = (sum(each[0] for each in shapes), *shapes[0][1:])
+        return PlannedTensor(
+            name=weight.name.format(layer=local),
+            dtype="F32" if weight.float32 else self.dtype,
+            shape=(len(experts), *shape) if weight.experts else shape,
+            unit=unit,
+            locate=partial(self.pieces, weight, layer, tp_rank),
+        )
+
+    def pieces(self, weight: Weight, layer: int | None, tp_rank: int) -> tuple[Piece, ...]:
+        """What one rank's tensor is made of, in the order in which it lies there."""
+        experts, tp, place = self._experts(weight, tp_rank)
+        pieces, element = [], 0
+        for expert in experts:
+            for part in weight.parts:
+                box, local_shape = self._split(part, self._shape(part.shape), tp, place)
+                name = part.source.format(layer=layer, expert=expert)
+                view, box = self._stored(part, box)
+                counted = self._owner[part.source] == weight.name and self._first_holder(part, tp, place)
+                piece = Piece(name, view, box, element, _is_transposed(part), part.plus, counted)
+                if piece.count:
+                    pieces.append(piece)
+                element += math.prod(local_shape)
+        return tuple(pieces)
+
+    def sources(self, weight: Weight, layer: int | None) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Every source tensor that any rank takes a part of, with its shape."""
+        experts: Iterable[int | None] = range(self.config["moe"]["num_experts"]) if weight.experts else [None]
+        for part in weight.parts:
+            whole = tuple((0, extent) for extent in self._shape(part.shape))
+            view, _ = self._stored(part, whole)
+            shape = (math.prod(view[:3]), *view[3:]) if part.grouped else view
+            for expert in experts:
+                yield part.source.format(layer=layer, expert=expert), shape
+
+    def _experts(self, weight: Weight, tp_rank: int) -> tuple[Sequence[int | None], int, int]:
+        """The experts of a rank (one None for tensors without), the TP size that splits each, the rank's place in it.
+
+        TensorRT-LLM numbers expert-parallel ranks fastest (tensorrt_llm/mapping.py: moe_ep_rank, moe_tp_rank).
+        """
+        if not weight.experts:
+            return [None], self.tp, tp_rank
+        place, group = divmod(tp_rank, self.expert_parallel)
+        count = self.config["moe"]["num_experts"] // self.expert_parallel
+        return range(group * count, (group + 1) * count), self.tp // self.expert_parallel, place
+
+    def _first_holder(self, part: Part, tp: int, tp_rank: int) -> bool:
+        split = _resolve(part.split, self.config)
+        if split == "replicate":
+            return tp_rank == 0
+        heads = self.extents["kv"] // self.extents["head"]
+        return split != "kv_heads" or heads >= tp or tp_rank * heads % tp == 0
+
+    def _shape(self, shape: tuple[Extent, ...]) -> tuple[int, ...]:
+        return tuple(extent if isinstance(extent, int) else self.extents[extent] for extent in shape)
+
+    def _split(self, part: Part, shape: tuple[int, ...], tp: int, tp_rank: int) -> tuple[Box, tuple[int, ...]]:
+        """The box that a TP rank takes of a part, and the shape it has in the rank's tensor (padding included)."""
+        split = _resolve(part.split, self.config)
+        box = [(0, extent) for extent in shape]
+        local = list(shape)
+        if split in ("axis0", "axis1"):
+            axis = 0 if split == "axis0" else 1
+            chunk = shape[axis] // tp
+            box[axis], local[axis] = (tp_rank * chunk, (tp_rank + 1) * chunk), chunk
+        elif split == "kv_heads":
+            head = self.extents["head"]
+            heads = shape[0] // head
+            count = max(1, heads // tp)
+            start = tp_rank * heads // tp
+            box[0], local[0] = (start * head, (start + count) * head), count * head
+        elif split == "vocab":
+            chunk = -(-shape[0] // tp)
+            box[0] = (min(tp_rank * chunk, shape[0]), min((tp_rank + 1) * chunk, shape[0]))
+            local[0] = chunk
+        return tuple(box), tuple(local)
+
+    def _stored(self, part: Part, box: Box) -> tuple[tuple[int, ...], Box]:
+        """Where a box of a part lies in the source tensor: the shape to look at that tensor in, and the box there."""
+        view = self._shape(part.shape)
+        if part.grouped:
+            return self._group(part, view, box)
+        if part.sections:
+            sections = self._shape(part.sections)
+            start = sum(sections[: part.section])
+            box = ((box[0][0] + start, box[0][1] + start), *box[1:])
+            view = (sum(sections), *view[1:])
+        return (view[::-1], box[::-1]) if _is_transposed(part) else (view, box)
+
+    def _group(self, part: Part, shape: tuple[int, ...], box: Box) -> tuple[tuple[int, ...], Box]:
+        """Rows of queries, keys or values within axis 0 = (key/value heads, query heads per one + 2, head size)."""
+        head = self.extents["head"]
+        groups = self.extents["kv"] // head
+        queries = self.extents["q"] // self.extents["kv"]
+        view = (groups, queries + 2, head, *shape[1:])
+        first, last = box[0][0] // head, box[0][1] // head
+        whole = (0, head)
+        if part.grouped in ("k", "v"):
+            member = queries + (part.grouped == "v")
+            return view, ((first, last), (member, member + 1), whole, *box[1:])
+        # A rank's query heads are those of whole groups or lie within one, since TP divides the groups or vice versa.
+        group, member = divmod(first, queries)
+        if last - first < queries:
+            return view, ((group, group + 1), (member, member + last - first), whole, *box[1:])
+        return view, ((group, last // queries), (0, queries), whole, *box[1:])
+
+
+def _is_transposed(part: Part) -> bool:
+    return part.transposed and len(part.shape) == 2
 
 
 def _resolve(split: Split, config: Mapping[str, Any]) -> Split:
@@ -218,54 +311,3 @@ def _resolve(split: Split, config: Mapping[str, Any]) -> Split:
     if not config["use_parallel_embedding"]:
         return "replicate"
     return "vocab" if config["embedding_sharding_dim"] == 0 else "axis1"
-
-
-def _split(
-    split: Split, shape: tuple[int, ...], part: Part, extents: Mapping[str, int], tp: int, tp_rank: int
-) -> tuple[Box, tuple[int, ...]]:
-    """The box that a TP rank takes of a source tensor, and the shape it has in the rank's tensor (padding included)."""
-    box = [(0, extent) for extent in shape]
-    local = list(shape)
-    if split in ("axis0", "axis1"):
-        axis = 0 if split == "axis0" else 1
-        chunk = shape[axis] // tp
-        if chunk * tp != shape[axis]:
-            raise InputError(f"{part.source}: axis {axis} of {list(shape)} is no multiple of TP {tp}", "use another TP")
-        box[axis], local[axis] = (tp_rank * chunk, (tp_rank + 1) * chunk), chunk
-    elif split == "kv_heads":
-        head = extents["head"]
-        heads = shape[0] // head
-        count = max(1, heads // tp)
-        start = tp_rank * heads // tp
-        box[0], local[0] = (start * head, (start + count) * head), count * head
-    elif split == "vocab":
-        chunk = -(-shape[0] // tp)
-        box[0] = (min(tp_rank * chunk, shape[0]), min((tp_rank + 1) * chunk, shape[0]))
-        local[0] = chunk
-    return tuple(box), tuple(local)
-
-
-def _check_source(plan: Plan, source: Source, architecture: Architecture) -> None:
-    for name, shape in plan.sources.items():
-        entry = source.tensors.get(name)
-        if entry is None:
-            raise InputError(
-                f"{source.path}: tensor '{name}' is missing", "config.json and the weights do not belong together"
-            )
-        if entry.shape != shape:
-            raise InputError(
-                f"{entry.path}: tensor '{name}' has shape {list(entry.shape)}, config.json implies {list(shape)}",
-                "config.json and the weights do not belong together",
-            )
-        if entry.dtype.name not in ("float16", "bfloat16", "float32"):
-            fix = "start from the unquantised checkpoint"
-            raise InputError(
-                f"{entry.path}: tensor '{name}' is {entry.dtype.name}, which is not a plain weight dtype", fix
-            )
-    for name, entry in source.tensors.items():
-        tied_copy = name == "lm_head.weight" and plan.config.get("tie_word_embeddings")
-        if name not in plan.sources and not tied_copy and not is_ignored(name, architecture.ignored):
-            raise InputError(
-                f"{entry.path}: tensor '{name}' has no place in {source.architecture}",
-                "config.json and the weights do not belong together (a bias the config denies? an adapter?)",
-            )

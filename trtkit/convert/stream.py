@@ -1,156 +1,211 @@
-"""Executes a plan: reads each source tensor in blocks, in file order, and writes them into all rank files at once.
+"""Executes a plan for some ranks: reads each source tensor once, a block at a time, and writes it into all rank files.
 
-Memory: one block (at most `BLOCK_BYTES` of the source) and its cast copy, whatever the model's size.
+What is contiguous in the source and keeps its dtype is copied by the kernel; the rest goes through memory in blocks.
+Memory: one block of the source and its cast copy, and the plan of one layer, whatever the model's size.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from trtkit.checkpoint import is_checkpoint, rank_file
-from trtkit.convert.plan import Piece, Plan
-from trtkit.errors import InputError
-from trtkit.hf import Source
+from trtkit.checkpoint import rank_file
+from trtkit.convert.cast import Array, CastReport, cast
+from trtkit.convert.follow import FileRecord, Follower, NonFinite
+from trtkit.convert.plan import Box, Placement, Plan
 from trtkit.safetensors_io import DTYPES, Reader, TensorEntry, TensorSpec, Writer
-from trtkit.store import atomic_dir, check_output
 
-BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 4 << 20
+DIRECT_BYTES = 128 << 10
+"""Shorter contiguous runs are cut from a block in memory: a call to the kernel for each would cost more."""
 
 
-@dataclass
-class CastReport:
-    """What a change of dtype did to the values.
+@dataclass(frozen=True)
+class Written:
+    """What `write_ranks` did.
 
     Attributes:
-        rounded: elements whose value changed.
-        flushed: those of them that became zero.
+        files: of each rank.
+        report: what the change of dtype did to the values.
+        non_finite: source tensors that hold a NaN or an infinity.
     """
 
-    rounded: int = 0
-    flushed: int = 0
+    files: dict[int, FileRecord]
+    report: CastReport
+    non_finite: list[NonFinite]
 
 
-def convert(
+def write_ranks(
     plan: Plan,
-    source: Source,
-    out: Path,
+    tensors: Mapping[str, TensorEntry],
+    folder: Path,
+    ranks: Collection[int],
     *,
-    replace: bool = False,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> CastReport:
-    """Writes the checkpoint folder, all or nothing.
+    checksum: bool = True,
+    saturate: bool = False,
+    done_units: int = -1,
+    report: CastReport | None = None,
+    on_unit: Callable[[int, CastReport], None] = lambda unit, report: None,
+    on_progress: Callable[[int], None] = lambda count: None,
+) -> Written:
+    """Writes the files of some ranks into `folder`, and returns once they are on the disk.
 
     Args:
-        replace: replace an earlier checkpoint. Any other folder stays as it is.
-        on_progress: called with source bytes (done, total).
+        tensors: the source's tensors by the names in the plan.
+        checksum: digest every file, and look for NaN and infinity, while the pages are still in memory.
+        saturate: values beyond the range of the dtype become its largest instead of an error.
+        done_units, report: the last unit (see `Plan.units`) that an interrupted run of the same call finished, and
+            its account so far.
+        on_unit: called when a unit is written (but maybe not yet on the disk).
+        on_progress: called with each number of bytes written.
 
     Raises:
-        InputError: `out` may not be written to, or a value cannot be represented in the checkpoint's dtype (names the
-            tensor).
+        InputError: the source ends early, or a value overflows.
+        OSError: the disk is full or fails.
     """
-    check_target(out, source, replace=replace)
-    with atomic_dir(out, replace=replace) as folder:
-        return write_checkpoint(plan, source, folder, on_progress=on_progress)
+    report = CastReport() if report is None else report
+    with contextlib.ExitStack() as stack:
+        reader = stack.enter_context(Reader())
+        writers: dict[int, Writer] = {}
+        for rank in sorted(ranks):
+            specs = [TensorSpec(t.name, DTYPES[t.dtype], t.shape) for t in plan.ranks[rank]]
+            if done_units < 0:
+                (folder / rank_file(rank)).unlink(missing_ok=True)
+            writers[rank] = Writer(folder / rank_file(rank), specs, resume=done_units >= 0)
+            stack.callback(writers[rank].close)
+        follower = stack.enter_context(Follower(plan, writers, checksum=checksum))
+        for unit, placements in plan.units(ranks):
+            for name in sorted(placements, key=lambda name: (tensors[name].path, tensors[name].start)):
+                if unit > done_units:
+                    _copy_tensor(reader, tensors[name], placements[name], writers, report, saturate)
+                on_progress(sum(place.nbytes for place in placements[name]))
+            follower.advance(unit)
+            if unit > done_units:
+                on_unit(unit, report)
+        files = follower.finish()
+        for writer in writers.values():
+            writer.sync()
+    return Written(files, report, follower.non_finite)
 
 
-def check_target(out: Path, source: Source, *, replace: bool = False) -> None:
-    """Whether a checkpoint of `source` may be written to `out`.
-
-    Raises:
-        InputError: `out` is or holds the source or lies in it, exists, or is (with `replace`) no earlier checkpoint.
-    """
-    target = check_output(out, replace=True)
-    origin = source.path.resolve()
-    if target == origin or origin in target.parents or target in origin.parents:
-        raise InputError(f"{out} would overwrite its own source {source.path}", "choose another output folder")
-    if target.is_dir() and any(target.iterdir()):
-        earlier = is_checkpoint(target)
-        if not replace:
-            hint = ", or replace the checkpoint there with --force" if earlier else ""
-            raise InputError(f"{out} exists already", f"choose another output folder{hint}")
-        if not earlier:
-            raise InputError(
-                f"{out} is not an earlier checkpoint", "choose another output folder, or remove it yourself"
-            )
-
-
-def write_checkpoint(
-    plan: Plan, source: Source, folder: Path, *, on_progress: Callable[[int, int], None] = lambda done, total: None
-) -> CastReport:
-    """Like `convert`, into an existing empty folder that the caller publishes."""
-    dtype = DTYPES[plan.safetensors_dtype]
-    placements = plan.placements()
-    entries = sorted((source.tensors[name] for name in placements), key=lambda e: (e.path, e.start))
-    total, done = sum(entry.nbytes for entry in entries), 0
-    report = CastReport()
-    with Reader() as reader, contextlib.ExitStack() as stack:
-        writers = []
-        for rank, tensors in enumerate(plan.ranks):
-            specs = [TensorSpec(tensor.name, dtype, tensor.shape) for tensor in tensors]
-            writers.append(Writer(folder / rank_file(rank), specs))
-            stack.callback(writers[-1].close)
-        for entry in entries:
-            for row, block in _blocks(reader, entry):
-                values = cast(block, dtype, entry, report)
-                for rank, name, piece in placements[entry.name]:
-                    for element, part in _cut(piece, row, values):
-                        writers[rank].write(name, element, part)
-                done += block.nbytes
-                on_progress(done, total)
-    (folder / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
-    return report
+def _copy_tensor(
+    reader: Reader,
+    entry: TensorEntry,
+    placements: list[Placement],
+    writers: Mapping[int, Writer],
+    report: CastReport,
+    saturate: bool,
+) -> None:
+    through_memory = []
+    for place in placements:
+        piece, writer = place.piece, writers[place.rank]
+        same = DTYPES[place.tensor.dtype] == entry.dtype and not piece.plus
+        if piece.transposed:
+            _transpose(reader, entry, place, writer, report, saturate)
+        elif same and _run_length(piece.view, piece.box) * entry.dtype.itemsize >= min(DIRECT_BYTES, entry.nbytes):
+            for index, (start, count) in enumerate(_runs(piece.view, piece.box)):
+                writer.copy(place.tensor.name, piece.element + index * count, reader, entry, start, count)
+        else:
+            through_memory.append(place)
+    if through_memory:
+        _copy_blocks(reader, entry, through_memory, writers, report, saturate)
 
 
-def _blocks(reader: Reader, entry: TensorEntry) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-    """Blocks of whole rows of the first axis, each with the number of its first row."""
-    row_bytes = max(1, math.prod(entry.shape[1:]) * entry.dtype.itemsize)
-    step = max(1, BLOCK_BYTES // row_bytes)
-    for row in range(0, entry.shape[0], step):
-        yield row, reader.rows(entry, row, min(row + step, entry.shape[0]))
+def _copy_blocks(
+    reader: Reader,
+    entry: TensorEntry,
+    placements: list[Placement],
+    writers: Mapping[int, Writer],
+    report: CastReport,
+    saturate: bool,
+) -> None:
+    """Reads the source in blocks of whole rows and cuts all pieces from each."""
+    width = entry.shape[-1] if len(entry.shape) > 1 else 1
+    step = max(1, BLOCK_BYTES // (width * entry.dtype.itemsize)) * width
+    first, last = _range(placements)
+    for start in range(first // width * width, last, step):
+        raw = reader.elements(entry, start, min(step, math.prod(entry.shape) - start))
+        done: dict[Any, list[tuple[int, Array]]] = {}  # what several ranks hold is cut and cast once
+        for place in placements:
+            piece, dtype = place.piece, place.tensor.dtype
+            key = (piece.view, piece.box, piece.plus, dtype)
+            if key not in done:
+                account = report if piece.counted else CastReport()
+                done[key] = [
+                    (offset, cast(part, DTYPES[dtype], entry, account, plus=piece.plus, saturate=saturate))
+                    for offset, part in _cut(piece.view, piece.box, start, raw)
+                ]
+            for offset, part in done[key]:
+                writers[place.rank].write(place.tensor.name, piece.element + offset, part)
 
 
-def _cut(piece: Piece, row: int, values: npt.NDArray[Any]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-    """What `piece` takes of a block that starts at `row`, with its flat index in the checkpoint tensor."""
-    (start, stop), *rest = piece.box
-    low, high = max(start, row), min(stop, row + len(values))
-    if low < high:
-        width = math.prod(b - a for a, b in rest)
-        where = [slice(low - row, high - row), *(slice(a, b) for a, b in rest)]
-        part = values[tuple(where)]
-        yield piece.element + (low - start) * width, part
+def _range(placements: list[Placement]) -> tuple[int, int]:
+    """Flat indices, first and behind the last, of all that the pieces take of their source tensor."""
+    corners = []
+    for piece in (place.piece for place in placements):
+        strides = [math.prod(piece.view[axis + 1 :]) for axis in range(len(piece.view))]
+        first = sum(start * stride for (start, _), stride in zip(piece.box, strides, strict=True))
+        last = sum((stop - 1) * stride for (_, stop), stride in zip(piece.box, strides, strict=True))
+        corners.append((first, last + 1))
+    return min(first for first, _ in corners), max(last for _, last in corners)
 
 
-def cast(values: npt.NDArray[Any], dtype: np.dtype[Any], entry: TensorEntry, report: CastReport) -> npt.NDArray[Any]:
-    """`values` in another dtype, rounded to nearest even; the same array when nothing changes.
+def _cut(view: tuple[int, ...], box: Box, start: int, values: Array) -> Iterator[tuple[int, Array]]:
+    """What a box takes of the elements from flat index `start`, each with its place in the box's own C order."""
+    if len(view) == 2 and box[1] != (0, view[1]):  # columns of a matrix: the block has whole rows
+        (top, bottom), (left, right) = box
+        first = start // view[1]
+        rows = values.reshape(-1, view[1])
+        low, high = max(top, first), min(bottom, first + len(rows))
+        if low < high:
+            yield (low - top) * (right - left), rows[low - first : high - first, left:right]
+        return
+    for index, (run, count) in enumerate(_runs(view, box)):
+        low, high = max(run, start), min(run + count, start + len(values))
+        if low < high:
+            yield index * count + low - run, values[low - start : high - start]
 
-    Raises:
-        InputError: a finite value became infinite.
-    """
-    if values.dtype == dtype:
-        return values
-    wide = values.astype(np.float32)  # exact for every 16-bit float
-    with np.errstate(over="ignore"):
-        result = wide.astype(dtype)
-    back = result.astype(np.float32)
-    changed = back != wide
-    if changed.any():
-        lost = np.isinf(back) & np.isfinite(wide)
-        if lost.any():
-            largest = float(np.abs(wide[lost]).max())
-            raise InputError(
-                f"{entry.path}: tensor '{entry.name}' holds {largest:.3g}, which overflows {dtype.name}",
-                "convert to bfloat16, whose range is that of float32",
-            )
-        changed &= ~np.isnan(wide)
-        report.rounded += int(changed.sum())
-        report.flushed += int((changed & (back == 0)).sum())
-    return result
+
+def _transpose(
+    reader: Reader, entry: TensorEntry, place: Placement, writer: Writer, report: CastReport, saturate: bool
+) -> None:
+    """Writes the box of a matrix with its axes swapped, in blocks of columns of the source."""
+    piece, dtype = place.piece, DTYPES[place.tensor.dtype]
+    (top, bottom), (left, right) = piece.box
+    rows = bottom - top
+    # Larger blocks than elsewhere, since each reads short runs from every row.
+    step = max(1, 4 * BLOCK_BYTES // (rows * entry.dtype.itemsize))
+    for column in range(left, right, step):
+        width = min(step, right - column)
+        values = reader.strided(entry, top * piece.view[1] + column, rows, piece.view[1], width)
+        account = report if piece.counted else CastReport()
+        block = cast(values.T, dtype, entry, account, plus=piece.plus, saturate=saturate)
+        writer.write(place.tensor.name, piece.element + (column - left) * rows, block)
+
+
+def _run_length(view: tuple[int, ...], box: Box) -> int:
+    """Elements of each contiguous run that a box consists of."""
+    length = 1
+    for extent, (start, stop) in zip(reversed(view), reversed(box), strict=True):
+        length *= stop - start
+        if stop - start != extent:
+            break
+    return length
+
+
+def _runs(view: tuple[int, ...], box: Box) -> Iterator[tuple[int, int]]:
+    """The contiguous runs of a box, in its C order: flat index of the first element, and the count of elements."""
+    inner = len(view)
+    while inner > 0 and box[inner - 1] == (0, view[inner - 1]):
+        inner -= 1
+    inner = max(inner - 1, 0)  # the innermost axis that is not whole joins the run
+    strides = [math.prod(view[axis + 1 :]) for axis in range(len(view))]
+    count = math.prod(stop - start for start, stop in box[inner:])
+    first = box[inner][0] * strides[inner] if view else 0
+    for index in itertools.product(*(range(start, stop) for start, stop in box[:inner])):
+        yield first + sum(i * stride for i, stride in zip(index, strides, strict=False)), count

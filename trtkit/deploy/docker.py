@@ -2,6 +2,9 @@
 
 Not run against a real Docker engine by the tests: a strict stand-in for the command checks every argument.
 Unlike a local deployment, a container that is starting survives the death of trtkit; `down` removes it.
+
+A container's name says nothing about whose it is: another state folder, user or program may have taken it. Every start
+has a token, its container carries the token as a label, and a container without it counts as not there.
 """
 
 from __future__ import annotations
@@ -11,16 +14,18 @@ import os
 import shutil
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtkit.deploy import ports as free_ports
 from trtkit.deploy import readiness, serverlog, state
 from trtkit.deploy.deployment import Deployment, clear_crashed, from_record, unknown
-from trtkit.deploy.docker_run import DockerRun, render
-from trtkit.errors import CheckFailedError, InputError, LacksError
+from trtkit.deploy.docker_run import START_LABEL, DockerRun, render
+from trtkit.errors import CheckFailedError, InputError, LacksError, TrtkitError
 
 if TYPE_CHECKING:
     from trtkit.config import BuildConfig
@@ -34,6 +39,15 @@ _QUICK_S = 60.0  # a docker command that only asks or removes
 
 class _PortTakenError(Exception):
     """Another process took a port between the choice and the container's start."""
+
+
+@dataclass(frozen=True)
+class _Container:
+    """A container that carries the token of its start."""
+
+    id: str
+    running: bool
+    exit_code: int
 
 
 def up(
@@ -51,14 +65,16 @@ def up(
         options: those of `render`. Ports that the config leaves at 0 become free ones.
 
     Raises:
-        InputError: already deployed, nothing at `repository` or `engine`, and what `render` refuses.
+        InputError: already deployed, somebody else's container has the name, nothing at `repository` or `engine`, and
+            what `render` refuses.
         LacksError: no docker, no image, a port is taken.
         CheckFailedError: the server ended or was not ready in time; the cause quotes its log.
     """
-    for finding in render(config, repository, engine, **options).findings:
+    planned = render(config, repository, engine, **options)
+    for finding in planned.findings:
         raise InputError(finding.cause, finding.fix)
     models = readiness.models_of(Path(repository).resolve())
-    folder = state.make_folder(options.get("name") or config.name)
+    folder = state.make_folder(planned.name)
     lock = state.acquire(folder, patience_s=1.0)
     if lock is None:
         raise InputError(
@@ -68,8 +84,8 @@ def up(
         _refuse_second(folder)
         wanted = (config.deploy.http_port, config.deploy.grpc_port, config.deploy.metrics_port)
         for _ in range(_PORT_ATTEMPTS if 0 in wanted else 1):
-            http, grpc, metrics = free_ports.choose(config.deploy.host, wanted)
-            run = render(config, repository, engine, ports=(http, grpc, metrics), **options)
+            http, grpc, metrics = free_ports.choose(planned.host, wanted)
+            run = replace(planned, ports=(http, grpc, metrics))
             try:
                 return _attempt(run, config, models, folder, wait, on_progress)
             except _PortTakenError:
@@ -93,11 +109,11 @@ def status(name: str) -> Deployment:
     deployment = from_record(record)
     if record["phase"] in state.ENDED:
         return deployment
-    container = _inspect(deployment.container or "")
+    container = _find(record)
     if container is None:
         return _end(folder, record, "crashed", None, "its container is gone")
-    if not container["Running"]:
-        code = int(container["ExitCode"])
+    if not container.running:
+        code = container.exit_code
         return replace(deployment, phase="failed", exit_code=code, reason=f"the container exited with code {code}")
     ready = not readiness.not_ready(deployment.host, deployment.http_port, deployment.models)
     return replace(deployment, phase="running", ready=ready)
@@ -114,16 +130,21 @@ def down(name: str, *, on_progress: Progress | None = None) -> Deployment:
         raise unknown(name)
     if record["phase"] in state.ENDED:
         return from_record(record)
-    container, patience = record["container"], int(record["stop_timeout_s"])
-    if _inspect(container) is None:
+    container, patience = _find(record), int(record["stop_timeout_s"])
+    if container is None:
         return _end(folder, record, "crashed", None, "its container is gone")
     if on_progress:
-        on_progress(f"stopping container {container}, at most {patience} s")
-    _docker(["stop", "-t", str(patience), container], patience + _QUICK_S)
-    after = _inspect(container)
-    _keep_log(container, Path(record["log_path"]))
-    _docker(["rm", "--force", container])
-    return _end(folder, record, "stopped", int(after["ExitCode"]) if after else None, "stopped on request")
+        on_progress(f"stopping container {record['container']}, at most {patience} s")
+    _docker(["stop", "-t", str(patience), container.id], patience + _QUICK_S)
+    after = _find(record)
+    reason = "stopped on request"
+    try:
+        _keep_log(container, Path(record["log_path"]))
+    except OSError as error:
+        reason += f"; its log could not be kept: {error}"
+    finally:
+        _docker(["rm", "--force", container.id])
+    return _end(folder, record, "stopped", after.exit_code if after else None, reason)
 
 
 def logs(name: str, lines: int, *, follow: bool = False) -> Iterator[str]:
@@ -134,10 +155,11 @@ def logs(name: str, lines: int, *, follow: bool = False) -> Iterator[str]:
     record = state.read(state.folder_of(name))
     if record is None:
         raise unknown(name)
-    if record["phase"] in state.ENDED or _inspect(record["container"]) is None:
+    container = None if record["phase"] in state.ENDED else _find(record)
+    if container is None:
         yield from serverlog.tail(Path(record["log_path"]), lines)
         return
-    argv = [_program(), "logs", "--tail", str(lines), *(["--follow"] if follow else []), record["container"]]
+    argv = [_program(), "logs", "--tail", str(lines), *(["--follow"] if follow else []), container.id]
     with subprocess.Popen(
         argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     ) as process:
@@ -157,31 +179,14 @@ def _attempt(
     on_progress: Progress | None,
 ) -> Deployment:
     _ensure_image(run.image, on_progress)
-    record: dict[str, Any] = {
-        "name": run.name,
-        "target": "docker",
-        "phase": "starting",
-        "container": run.container,
-        "host": run.host,
-        "http_port": run.ports[0],
-        "grpc_port": run.ports[1],
-        "metrics_port": run.ports[2],
-        "repository": str(run.mounts[0].source),
-        "models": models,
-        "log_path": str(folder / "server.log"),
-        "argv": run.argv(detach=True),
-        "stop_timeout_s": run.stop_timeout_s,
-        "started_at": time.time(),
-    }
+    record = _record(run, models, folder)
     state.write(folder, record)
     try:
-        _start_container(run)
+        _start_container(run, record)
         if wait:
-            _await_ready(run, models, config.deploy.ready_timeout_s, on_progress)
+            _await_ready(run, record, models, config.deploy.ready_timeout_s, on_progress)
     except BaseException as error:  # Ctrl-C too
-        _keep_log(run.container, folder / "server.log")
-        _remove(run.container)
-        _end(folder, record, "failed", None, str(error).partition("\n")[0] or "interrupted")
+        _clear_away(folder, record, str(error).partition("\n")[0] or "interrupted")
         if isinstance(error, CheckFailedError):
             raise CheckFailedError(error.cause, f"{error.fix}; the whole log is {folder / 'server.log'}") from None
         raise
@@ -190,11 +195,60 @@ def _attempt(
     return replace(from_record(record), ready=wait)
 
 
-def _start_container(run: DockerRun) -> None:
-    result = _docker(run.argv(detach=True)[1:], 600.0, check=False)
+def _record(run: DockerRun, models: list[str], folder: Path) -> dict[str, Any]:
+    """The record of a start that is about to happen."""
+    token = uuid.uuid4().hex
+    return {
+        "name": run.name,
+        "target": "docker",
+        "phase": "starting",
+        "token": token,
+        "container": run.container,
+        "host": run.host,
+        "http_port": run.ports[0],
+        "grpc_port": run.ports[1],
+        "metrics_port": run.ports[2],
+        "repository": str(run.mounts[0].source),
+        "models": models,
+        "log_path": str(folder / "server.log"),
+        "argv": run.argv(start=token),
+        "stop_timeout_s": run.stop_timeout_s,
+        "started_at": time.time(),
+    }
+
+
+def _clear_away(folder: Path, record: dict[str, Any], reason: str) -> None:
+    """Removes the container of a start that failed, if it came to one, and raises nothing that would hide why.
+
+    What cannot be done to the log does not keep the container alive. Where docker does not answer, the record goes on
+    to live, so that `down` can remove the container later.
+    """
+    gone = False
+    try:
+        with suppress(OSError, TrtkitError):
+            if (container := _find(record)) is not None:
+                _keep_log(container, Path(record["log_path"]))
+    finally:
+        with suppress(OSError, TrtkitError):
+            if (container := _find(record)) is not None:
+                _docker(["rm", "--force", container.id])
+            gone = True
+        if gone:
+            _end(folder, record, "failed", None, reason)
+        else:
+            state.write(folder, record | {"reason": f"{reason}; docker did not remove its container"})
+
+
+def _start_container(run: DockerRun, record: dict[str, Any]) -> None:
+    result = _docker(record["argv"][1:], 600.0, check=False)
     if result.returncode == 0:
         return
     said = result.stderr.strip() or f"exit code {result.returncode}"
+    if "container name" in said and "already in use" in said:
+        raise InputError(
+            f"another container, which this deployment did not start, is called {run.container}",
+            f"choose another --name, or see whose it is: docker inspect {run.container}",
+        )
     if "port is already allocated" in said or "address already in use" in said:
         raise _PortTakenError(said)
     raise LacksError(
@@ -203,20 +257,23 @@ def _start_container(run: DockerRun) -> None:
     )
 
 
-def _await_ready(run: DockerRun, models: list[str], seconds: float, on_progress: Progress | None) -> None:
+def _await_ready(
+    run: DockerRun, record: dict[str, Any], models: list[str], seconds: float, on_progress: Progress | None
+) -> None:
     deadline = time.monotonic() + seconds
     told = ""
     while True:
-        container = _inspect(run.container)
-        if container is None or not container["Running"]:
-            code = "" if container is None else f" with code {container['ExitCode']}"
-            raise _failure(run, f"the container exited{code}", "check the repository with `trtkit repo lint`")
+        container = _find(record)
+        if container is None or not container.running:
+            code = "" if container is None else f" with code {container.exit_code}"
+            fix = "check the repository with `trtkit repo lint`"
+            raise _failure(run, container, f"the container exited{code}", fix)
         missing = readiness.not_ready(run.host, run.ports[0], models)
         if not missing:
             return
         if time.monotonic() >= deadline:
             waited = f"not ready after {seconds:g} s, still waiting for {', '.join(missing)}"
-            raise _failure(run, waited, "raise deploy.ready_timeout_s")
+            raise _failure(run, container, waited, "raise deploy.ready_timeout_s")
         now = f"waiting for {', '.join(missing)} in container {run.container}"
         if on_progress and now != told:
             told = now
@@ -224,8 +281,9 @@ def _await_ready(run: DockerRun, models: list[str], seconds: float, on_progress:
         time.sleep(0.5)
 
 
-def _failure(run: DockerRun, what: str, fix: str) -> CheckFailedError:
-    quoted = "".join(f"\n  server: {line}" for line in serverlog.reasons(_logs(run.container)))
+def _failure(run: DockerRun, container: _Container | None, what: str, fix: str) -> CheckFailedError:
+    said = serverlog.reasons(_logs(container)) if container else []
+    quoted = "".join(f"\n  server: {line}" for line in said)
     return CheckFailedError(f"deployment '{run.name}': {what}{quoted}", fix)
 
 
@@ -235,7 +293,7 @@ def _refuse_second(folder: Path) -> None:
         return
     if record["target"] == "local":
         clear_crashed(folder, record)  # we hold its lock, so it does not live
-    elif _inspect(record["container"]) is not None:
+    elif _find(record) is not None:
         where = from_record(record).http_url
         raise InputError(
             f"deployment '{folder.name}' already has a container, {record['container']} at {where}",
@@ -256,31 +314,30 @@ def _ensure_image(image: str, on_progress: Progress | None) -> None:
         raise LacksError(f"docker could not pull {image}", "check the release, the network and `docker login`")
 
 
-def _inspect(container: str) -> dict[str, Any] | None:
-    """Docker's `.State` of a container, or None when there is no such container."""
-    result = _docker(["inspect", "--type", "container", "--format", "{{json .State}}", container], check=False)
-    if result.returncode == 0:
-        found: dict[str, Any] = json.loads(result.stdout)
-        return found
-    if "no such" in result.stderr.lower():
+def _find(record: dict[str, Any]) -> _Container | None:
+    """The container of this very start; None when there is none of its name, or it carries another token."""
+    wanted = "[{{json .Id}},{{json .State}},{{json .Config.Labels}}]"
+    result = _docker(["inspect", "--type", "container", "--format", wanted, record["container"]], check=False)
+    if result.returncode != 0:
+        if "no such" in result.stderr.lower():
+            return None
+        raise _silent(result.stderr)
+    number, container, labels = json.loads(result.stdout)
+    if (labels or {}).get(START_LABEL) != record["token"]:
         return None
-    raise _silent(result.stderr)
+    return _Container(number, bool(container["Running"]), int(container["ExitCode"]))
 
 
-def _logs(container: str) -> str:
-    result = _docker(["logs", container], check=False)
+def _logs(container: _Container) -> str:
+    result = _docker(["logs", container.id], check=False)
     return result.stdout + result.stderr
 
 
-def _keep_log(container: str, path: Path) -> None:
+def _keep_log(container: _Container, path: Path) -> None:
     text = _logs(container)
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(handle, "w", encoding="utf-8") as stream:
         stream.write(text)
-
-
-def _remove(container: str) -> None:
-    _docker(["rm", "--force", container], check=False)
 
 
 def _end(folder: Path, record: dict[str, Any], phase: str, code: int | None, reason: str) -> Deployment:

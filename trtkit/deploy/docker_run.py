@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,9 @@ INSIDE = (8000, 8001, 8002)
 """HTTP, gRPC and metrics ports inside the container, and outside where the config says 0."""
 
 LABEL = "trtkit.deployment"
+START_LABEL = "trtkit.start"
+"""Its value is the token of one start: only a container that carries it is ours to stop and remove, whatever its name."""
+
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -58,16 +62,21 @@ class DockerRun:
     def container(self) -> str:
         return f"trtkit-{self.name}"
 
-    def argv(self, *, detach: bool = False) -> list[str]:
+    def argv(self, *, start: str | None = None) -> list[str]:
         """The whole command.
 
         In the foreground the container goes when it ends (`--rm`). A detached one stays until `down`, because a
         container that removes itself takes the reason of its failure along.
+
+        Args:
+            start: token of a detached start; None is the foreground.
         """
         address = f"[{self.host}]" if ":" in self.host else self.host
-        argv = ["docker", "run", "--detach" if detach else "--rm", "--init", "--name", self.container]
-        argv += ["--label", f"{LABEL}={self.name}", "--stop-timeout", str(self.stop_timeout_s)]
-        argv += ["--gpus", self.gpus, "--shm-size", self.shm_size]
+        argv = ["docker", "run", "--rm" if start is None else "--detach", "--init", "--name", self.container]
+        argv += ["--label", f"{LABEL}={self.name}"]
+        if start is not None:
+            argv += ["--label", f"{START_LABEL}={start}"]
+        argv += ["--stop-timeout", str(self.stop_timeout_s), "--gpus", self.gpus, "--shm-size", self.shm_size]
         argv += ULIMITS
         for outside, inside in zip(self.ports, INSIDE, strict=True):
             argv += ["--publish", f"{address}:{outside}:{inside}"]
@@ -131,32 +140,53 @@ def render(
         if _VARIABLE.fullmatch(variable) is None:
             raise InputError(f"'{variable}' is not the name of a variable", "give the name alone, without a value")
     resolved = None if engine is None else mounts[1].source
-    findings = engine_mount.check(mounts[0].source, resolved, mounts[-1].target)
+    wanted = zip((deploy.http_port, deploy.grpc_port, deploy.metrics_port), INSIDE, strict=True)
+    http, grpc, metrics = ports or (port or inside for port, inside in wanted)
+    return DockerRun(
+        name=chosen,
+        image=deploy.image or releases.get(deploy.release).image,
+        host=_publishable(deploy.host),
+        ports=(http, grpc, metrics),
+        mounts=tuple(mounts),
+        gpus=gpus_option(_enough_gpus(deploy.gpu_ids, world_size)),
+        shm_size=deploy.shm_size,
+        command=_command(str(mounts[0].source), f"{chosen}_", deploy.exit_timeout_s, world_size),
+        pass_environment=tuple(pass_environment),
+        user=user,
+        stop_timeout_s=deploy.exit_timeout_s + int(STOP_MARGIN_S),
+        findings=tuple(engine_mount.check(mounts[0].source, resolved, mounts[-1].target)),
+    )
+
+
+def _command(repository: str, shm_prefix: str, exit_timeout_s: int, world_size: int) -> tuple[str, ...]:
+    """What runs inside the container."""
     arguments = server_arguments(
-        str(mounts[0].source),
+        repository,
         host="0.0.0.0",  # noqa: S104 - inside the container; the published ports decide who gets in
         http_port=INSIDE[0],
         grpc_port=INSIDE[1],
         metrics_port=INSIDE[2],
-        exit_timeout_s=deploy.exit_timeout_s,
-        shm_prefix=f"{chosen}_",
+        exit_timeout_s=exit_timeout_s,
+        shm_prefix=shm_prefix,
     )
-    wanted = (deploy.http_port, deploy.grpc_port, deploy.metrics_port)
-    defaults = tuple(port or inside for port, inside in zip(wanted, INSIDE, strict=True))
-    return DockerRun(
-        name=chosen,
-        image=deploy.image or releases.get(deploy.release).image,
-        host=deploy.host,
-        ports=ports or (defaults[0], defaults[1], defaults[2]),
-        mounts=tuple(mounts),
-        gpus=gpus_option(_enough_gpus(deploy.gpu_ids, world_size)),
-        shm_size=deploy.shm_size,
-        command=tuple(mpi_command("tritonserver", arguments, world_size=world_size, shm_prefix=f"{chosen}_")),
-        pass_environment=tuple(pass_environment),
-        user=user,
-        stop_timeout_s=deploy.exit_timeout_s + int(STOP_MARGIN_S),
-        findings=tuple(findings),
-    )
+    return tuple(mpi_command("tritonserver", arguments, world_size=world_size, shm_prefix=shm_prefix))
+
+
+def _publishable(host: str) -> str:
+    """The host as an IP address, which is all that docker's `--publish` takes.
+
+    Raises:
+        InputError: a name other than localhost. What it stands for may change, so the config should say it.
+    """
+    if host == "localhost":
+        return "127.0.0.1"
+    try:
+        return str(ip_address(host))
+    except ValueError:
+        raise InputError(
+            f"deploy.host '{host}' is not an IP address, and Docker publishes ports on those only",
+            "give the address itself, such as 127.0.0.1",
+        ) from None
 
 
 def _mounts(repository: str | Path, engine: str | Path | None, target: str | None) -> list[Mount]:

@@ -61,27 +61,26 @@ def members(
 def kill_members(
     token: str, *, session: int | None = None, parent: int | None = None, spare: Collection[int] = ()
 ) -> list[int]:
-    """Sends SIGKILL to what `members` finds until nothing is left; returns the pids.
+    """Sends SIGKILL to what `members` finds until nothing is left; returns the pids of those that got it.
 
-    Bounded at about ten seconds: a process stuck in the kernel dies when the kernel lets go of it.
+    Bounded at about ten seconds: a process stuck in the kernel dies when the kernel lets go of it, and one of another
+    user does not die at all.
     """
     killed: set[int] = set()
     for _ in range(500):
         alive = members(token, session=session, parent=parent, spare=spare)
         if not alive:
             break
-        for pid in alive:
-            send(pid, signal.SIGKILL)
-        killed.update(alive)
+        killed.update(pid for pid in alive if send(pid, signal.SIGKILL))
         time.sleep(0.02)
     return sorted(killed)
 
 
 def send(pid: int, number: int) -> bool:
-    """Sends a signal; False when the process is gone."""
+    """Sends a signal; False when the process is gone, or is another user's and may not be signalled."""
     try:
         os.kill(pid, number)
-    except ProcessLookupError:
+    except (ProcessLookupError, PermissionError):
         return False
     return True
 

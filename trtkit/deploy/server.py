@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import trtkit
 from trtkit.errors import InputError, LacksError, missing_extra
 
 STUB = "triton_python_backend_stub"
@@ -124,10 +125,27 @@ def environment(server: Server, extra: Mapping[str, str], pass_names: Sequence[s
     chosen["PATH"] = os.pathsep.join(dict.fromkeys(path))
     if libraries:
         chosen["LD_LIBRARY_PATH"] = os.pathsep.join(dict.fromkeys(libraries))
+    if modules := _import_path():
+        chosen["PYTHONPATH"] = os.pathsep.join(modules)
     # Serving reads what is on disk: a tokenizer that is missing shall fail at once and not be fetched.
     chosen |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     chosen |= {name: os.environ[name] for name in pass_names if name in os.environ}
     return chosen | dict(extra)
+
+
+def _import_path() -> list[str]:
+    """Folders that python models need on PYTHONPATH to import what this process imports, trtkit for one.
+
+    These are the caller's own (an install with `pip install --target` is found through nothing else), and trtkit's
+    where only the folder that this process was started in led to it. Site-packages is not put there: ahead of the
+    standard library, an old backport in it would take the place of a module.
+    """
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    folders = [str(Path(folder).absolute()) for folder in given if folder]
+    own = Path(trtkit.__file__).parents[1]
+    if own.resolve() not in {Path(folder).resolve() for folder in sys.path[1:] if folder}:
+        folders.append(str(own))
+    return list(dict.fromkeys(folders))
 
 
 def _installed(binary: Path) -> Server:

@@ -34,7 +34,7 @@ _HOLDS: dict[str, type | tuple[type, ...]] = {
 }
 _HOLDS_TOO: dict[str, dict[str, type]] = {
     "local": {"token": str, "shm_prefix": str, "exit_timeout_s": int},
-    "docker": {"container": str, "stop_timeout_s": int},
+    "docker": {"token": str, "container": str, "stop_timeout_s": int},
 }
 
 
@@ -85,7 +85,7 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def _is_whole(record: object) -> bool:
-    """Whether a record holds what it must. The token may not be empty: by it processes are found and killed."""
+    """Whether a record holds what it must. The token may not be empty: what carries it is killed or removed."""
     if not isinstance(record, dict) or record.get("phase") not in LIVE | ENDED:
         return False
     target = record.get("target")

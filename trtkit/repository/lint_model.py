@@ -229,7 +229,7 @@ def _ranks(folder: Path) -> Iterator[Finding]:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         mapping = config.get("pretrained_config", config).get("mapping") or {}
         world = int(mapping.get("world_size") or int(mapping.get("tp_size", 1)) * int(mapping.get("pp_size", 1)))
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         yield finding("TK133", str(folder / "config.json"), f"cannot be read: {error}", "build it again")
         return
     suffix = "engine" if "pretrained_config" in config else "safetensors"

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from trtkit.client import GenerateRequest, LLMClient, RequestTimeoutError, ServerError, connect
-from trtkit.client.tensors import engine_inputs
+from trtkit.client.tensors import engine_inputs, scalar
 from trtkit.errors import InputError, LacksError
 
 CONFIG = {"name": "ensemble", "model_transaction_policy": {"decoupled": True}}
@@ -278,6 +278,16 @@ async def test_a_number_that_the_server_would_cut_is_refused() -> None:
         with pytest.raises(InputError, match="input 'max_tokens': not INT32"):
             await client.generate(GenerateRequest("x", max_tokens=2**40))
     assert server.requests == []
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+@pytest.mark.parametrize(("datatype", "value"), [("INT32", 2**31), ("UINT8", -1), ("INT32", 1.5)])
+async def test_infer_refuses_such_numbers_too(decoupled: bool, datatype: str, value: object) -> None:
+    config = {"model_transaction_policy": {"decoupled": decoupled}}
+    async with serving(config=answer(config), **{"": answer({"outputs": []})}) as (server, client):
+        with pytest.raises(InputError, match=f"input 'n': not {datatype}"):
+            await client.infer("ensemble", [scalar("n", datatype, value)])
+    assert not [path for path, _ in server.requests if path.endswith(("infer", "generate_stream"))]
 
 
 async def test_infer_of_both_kinds_of_model() -> None:

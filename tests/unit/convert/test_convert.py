@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 from trtkit import architectures, hf
 from trtkit.checkpoint import Checkpoint, open_checkpoint, stage_layers
 from trtkit.config import CheckpointConfig
-from trtkit.convert import readback, stream
-from trtkit.convert.plan import Plan, plan_checkpoint, plan_conversion, valid_tp_sizes
+from trtkit.convert import conversion, readback, stream, verify
+from trtkit.convert.parallelism import valid_tp_sizes
+from trtkit.convert.plan import Plan, plan_checkpoint
+from trtkit.convert.source import plan_conversion
 from trtkit.errors import CheckFailedError, InputError
 
 LLAMA3_ROPE = {
@@ -44,9 +46,9 @@ LAYOUTS = [
 ]
 
 
-def convert(source: Path, out: Path, options: CheckpointConfig) -> stream.CastReport:
+def convert(source: Path, out: Path, options: CheckpointConfig) -> conversion.Conversion:
     opened = hf.open_source(source)
-    return stream.convert(plan_conversion(opened, options), opened, out)
+    return conversion.convert(plan_conversion(opened, options), opened, out)
 
 
 @pytest.mark.parametrize("options", LAYOUTS, ids=lambda o: f"tp{o.tp}-pp{o.pp}-{o.dtype}-{o.parallel_embedding}")
@@ -56,10 +58,10 @@ def test_round_trip(model: str, options: CheckpointConfig, make_source: Any, tmp
     report = convert(source, tmp_path / "checkpoint", options)
     checkpoint = open_checkpoint(tmp_path / "checkpoint")
 
-    result = readback.verify(hf.open_source(source), checkpoint)
+    result = verify.verify(hf.open_source(source), checkpoint)
     assert result.passed
     assert result.tensors == len(hf.open_source(source).tensors)
-    assert result.rounded == report.rounded
+    assert result.rounded == report.report.rounded
     if checkpoint.config["dtype"] in ("bfloat16", "float32"):
         assert result.rounded == 0
 
@@ -132,7 +134,7 @@ def test_unscaled_rope_is_written_as_null(make_source: Any, tmp_path: Path) -> N
 def test_float32_source_becomes_float16(make_source: Any, tmp_path: Path) -> None:
     report = convert(make_source(dtype="float32"), tmp_path / "out", CheckpointConfig())
     assert open_checkpoint(tmp_path / "out").config["dtype"] == "float16"
-    assert report.rounded > 0
+    assert report.report.rounded > 0
 
 
 def test_sharded_source_gives_the_same_bytes(make_source: Any, tmp_path: Path) -> None:
@@ -162,7 +164,7 @@ def test_rounding_equals_torch(dtype: str, bits: list[int]) -> None:
     limit = 65504.0 if dtype == "float16" else 3.3e38
     values = np.where(np.isfinite(values) & (np.abs(values) <= limit), values, np.float32(0.1))
     target = stream.DTYPES["F16" if dtype == "float16" else "BF16"]
-    ours = stream.cast(values, target, None, stream.CastReport())  # type: ignore[arg-type]
+    ours = stream.cast(values, target, None, conversion.Conversion())  # type: ignore[arg-type]
     theirs = torch.from_numpy(values.copy()).to(getattr(torch, dtype)).view(torch.int16).numpy()
     assert np.array_equal(ours.view(np.int16), theirs)
 
@@ -184,7 +186,7 @@ def test_a_changed_checkpoint_fails_verification(make_source: Any, tmp_path: Pat
     state = safetensors.torch.load_file(file)
     state["transformer.layers.2.mlp.gate.weight"][0, 0] += 1
     safetensors.torch.save_file(state, file)
-    result = readback.verify(hf.open_source(source), open_checkpoint(tmp_path / "out"))
+    result = verify.verify(hf.open_source(source), open_checkpoint(tmp_path / "out"))
     assert result.mismatches == {"model.layers.2.mlp.up_proj.weight": 1}
 
 
@@ -193,11 +195,11 @@ def test_a_changed_config_fails_verification(key: str, value: Any, make_source: 
     """The same tensors under another config are another model."""
     source = make_source()
     convert(source, tmp_path / "out", CheckpointConfig(tp=4, pp=2, parallel_embedding="vocab"))
-    assert readback.verify(hf.open_source(source), open_checkpoint(tmp_path / "out")).passed
+    assert verify.verify(hf.open_source(source), open_checkpoint(tmp_path / "out")).passed
     file = tmp_path / "out" / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, key: value}))
-    result = readback.verify(hf.open_source(source), open_checkpoint(tmp_path / "out"))
+    result = verify.verify(hf.open_source(source), open_checkpoint(tmp_path / "out"))
     assert not result.passed
     assert result.settings == {key: (config[key], value)}
 
@@ -220,18 +222,18 @@ def test_replacing_spares_everything_but_an_earlier_checkpoint(
     monkeypatch.chdir(mine)
     for out in (mine, Path(), Path(".."), source.path, source.path / "sub", source.path.parent, Path.home(), Path("/")):
         with pytest.raises(InputError):
-            stream.convert(plan, source, out, replace=True)
+            conversion.convert(plan, source, out, replace=True)
     assert (mine / "thesis.txt").read_text() == "precious"
-    assert readback.verify(source, convert_to(source, plan, tmp_path / "out")).passed
+    assert verify.verify(source, convert_to(source, plan, tmp_path / "out")).passed
     (tmp_path / "out" / "notes.md").write_text("mine")
     with pytest.raises(InputError, match="not an earlier checkpoint"):
-        stream.convert(plan, source, tmp_path / "out", replace=True)
+        conversion.convert(plan, source, tmp_path / "out", replace=True)
     (tmp_path / "out" / "notes.md").unlink()
-    stream.convert(plan, source, tmp_path / "out", replace=True)
+    conversion.convert(plan, source, tmp_path / "out", replace=True)
 
 
 def convert_to(source: hf.Source, plan: Plan, out: Path) -> Checkpoint:
-    stream.convert(plan, source, out)
+    conversion.convert(plan, source, out)
     return open_checkpoint(out)
 
 
@@ -255,7 +257,7 @@ def test_copies_that_differ_between_ranks_are_found(make_source: Any, tmp_path: 
     state["transformer.ln_f.weight"][0] += 1
     safetensors.torch.save_file(state, file)
     with pytest.raises(CheckFailedError, match=r"transformer\.ln_f\.weight.*differs from its copy"):
-        readback.verify(hf.open_source(source), open_checkpoint(tmp_path / "out"))
+        verify.verify(hf.open_source(source), open_checkpoint(tmp_path / "out"))
 
 
 def test_padding_that_is_not_zero_is_found(make_source: Any, tmp_path: Path) -> None:
@@ -266,7 +268,7 @@ def test_padding_that_is_not_zero_is_found(make_source: Any, tmp_path: Path) -> 
     state["lm_head.weight"][-1, -1] = 1
     safetensors.torch.save_file(state, file)
     with pytest.raises(CheckFailedError, match=r"padding of tensor 'lm_head\.weight' is not zero"):
-        readback.verify(hf.open_source(source), open_checkpoint(tmp_path / "out"))
+        verify.verify(hf.open_source(source), open_checkpoint(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(

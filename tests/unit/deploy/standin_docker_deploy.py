@@ -2,13 +2,15 @@
 
 STANDIN_DOCKER is a folder: `images` lists the images that are here, `registry` those that can be pulled, `calls` gets
 one JSON line per call, `containers/<name>.json` is a container. STANDIN_FATE decides what containers do: `serve` on
-the published HTTP port, `exit` with code 1 after a Triton error, `mute` runs without ever answering.
+the published HTTP port, `exit` with code 1 after a Triton error, `mute` runs without ever answering, `broken` is made
+and cannot start. With a file `no-logs` the engine has no answer about logs.
 """
 
 # ruff: noqa: T201
 from __future__ import annotations
 
 import csv
+import ipaddress
 import json
 import os
 import re
@@ -23,17 +25,17 @@ NAME = r"[a-zA-Z0-9][a-zA-Z0-9_.-]+"
 FLAGS = {"--rm", "--init", "--detach"}
 VALUES = {
     "--name": NAME,
-    "--label": r"trtkit\.deployment=[a-zA-Z0-9][a-zA-Z0-9_.-]*",
+    "--label": r"trtkit\.(deployment|start)=[a-zA-Z0-9][a-zA-Z0-9_.-]*",
     "--stop-timeout": r"[1-9]\d*",
     "--gpus": r".+",
     "--shm-size": r"[1-9]\d*[mg]",
     "--ulimit": r"memlock=-1|stack=67108864",
-    "--publish": r"127\.0\.0\.1:[1-9]\d*:800[012]",
+    "--publish": r"(\d[\d.]*|\[[\da-f:]+\]):[1-9]\d*:800[012]",
     "--mount": r".+",
     "--env": r"[A-Z_]+",
     "--user": r"\d+:\d+",
 }
-REPEATED = {"--ulimit", "--publish", "--mount", "--env"}
+REPEATED = {"--label", "--ulimit", "--publish", "--mount", "--env"}
 IMAGE = r"[a-z0-9.-]+(/[a-z0-9._-]+)+:[A-Za-z0-9._-]+"
 SERVER = """
 import http.server, sys
@@ -74,6 +76,16 @@ def check_mount(value: str) -> None:
         refuse(f'invalid mount config for type "bind": bind source path does not exist: {pairs["source"]}')
 
 
+def published_port(value: str) -> str:
+    """As in docker's go-connections/nat: an address is an IP address, never a name."""
+    address, port, _ = value.rsplit(":", 2)
+    try:
+        ipaddress.ip_address(address.strip("[]"))
+    except ValueError:
+        refuse(f'invalid argument "{value}" for "--publish" flag: invalid IP address: {address}')
+    return port
+
+
 def run(words: list[str]) -> None:
     options: dict[str, list[str]] = {}
     while words and words[0].startswith("-"):
@@ -97,10 +109,11 @@ def run(words: list[str]) -> None:
         refuse("stand-in: only detached servers")
     file = HOME / "containers" / f"{options['--name'][0]}.json"
     if file.exists():
-        refuse(f'Conflict. The container name "/{file.stem}" is already in use')
-    port = next(value.split(":")[1] for value in options["--publish"] if value.endswith(":8000"))
+        said = f'Conflict. The container name "/{file.stem}" is already in use by container "{file.stem}". You have to'
+        refuse(f"docker: Error response from daemon: {said} remove (or rename) that container.")
+    port, _, _ = [published_port(value) for value in sorted(options["--publish"], key=lambda text: text[-4:])]
     pid = 0
-    if FATE != "exit":
+    if FATE in ("serve", "mute"):
         pid = subprocess.Popen(
             [sys.executable, "-c", SERVER, port, FATE],
             stdout=subprocess.DEVNULL,
@@ -108,17 +121,28 @@ def run(words: list[str]) -> None:
             start_new_session=True,
         ).pid
     log = "" if FATE != "exit" else "| m | 1 | UNAVAILABLE: Internal: the engine is of another version |\n"
-    container = {"pid": pid, "running": bool(pid), "code": 0 if pid else 1, "log": "server says hello\n" + log}
+    container = {
+        "id": os.urandom(32).hex(),
+        "labels": dict(label.split("=", 1) for label in options["--label"]),
+        "pid": pid,
+        "running": bool(pid),
+        "code": 0 if pid else 1,
+        "log": "server says hello\n" + log,
+    }
     file.write_text(json.dumps(container))
-    print("0123456789abcdef")
+    if FATE == "broken":
+        refuse("docker: Error response from daemon: could not select device driver with capabilities: [[gpu]]")
+    print(container["id"])
 
 
 def load(name: str) -> tuple[Path, dict[str, object]]:
-    file = HOME / "containers" / f"{name}.json"
-    if not file.exists():
-        refuse(f"Error: No such container: {name}", 1)
-    container: dict[str, object] = json.loads(file.read_text())
-    return file, container
+    """A container by its name or its id."""
+    for file in (HOME / "containers").iterdir():
+        container: dict[str, object] = json.loads(file.read_text())
+        if name in (file.stem, container["id"]):
+            return file, container
+    refuse(f"Error response from daemon: No such container: {name}", 1)
+    raise AssertionError
 
 
 def end(file: Path, container: dict[str, object]) -> None:
@@ -143,15 +167,21 @@ def main() -> None:
             if image not in (HOME / "registry").read_text().split():
                 refuse(f"Error response from daemon: manifest for {image} not found", 1)
             (HOME / "images").write_text((HOME / "images").read_text() + f"\n{image}")
-        case ["inspect", "--type", "container", "--format", "{{json .State}}", name]:
+        case [
+            "inspect", "--type", "container", "--format",
+            "[{{json .Id}},{{json .State}},{{json .Config.Labels}}]", name,
+        ]:  # fmt: skip
             _, container = load(name)
-            print(json.dumps({"Running": container["running"], "ExitCode": container["code"]}))
+            of = {"Running": container["running"], "ExitCode": container["code"]}
+            print(json.dumps([container["id"], of, container["labels"]]))
         case ["stop", "-t", seconds, name] if seconds.isdigit():
             end(*load(name))
         case ["rm", "--force", name]:
             file, container = load(name)
             end(file, container)
             file.unlink()
+        case ["logs", *_] if (HOME / "no-logs").exists():
+            refuse("Error response from daemon: configured logging driver does not support reading", 1)
         case ["logs", name] | ["logs", "--tail", _, name]:
             print(load(name)[1]["log"], end="")
         case _:

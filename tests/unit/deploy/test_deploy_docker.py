@@ -64,7 +64,10 @@ def test_the_line(models: Path, engine: Path) -> None:
     assert argv[argv.index("--env") + 1] == "HF_TOKEN"
     assert argv[argv.index("--user") + 1] == "1000:1000"
     assert argv[image + 1 : image + 3] == ["tritonserver", f"--model-repository={models}"]
-    assert "--rm" not in run.argv(detach=True)
+    assert not any("trtkit.start" in word for word in argv)
+    detached = run.argv(start="abc")
+    assert "--rm" not in detached and "--detach" in detached
+    assert detached[detached.index("trtkit.start=abc") - 1] == "--label"
     assert shlex.split(run.shell_line()) == argv
 
 
@@ -84,6 +87,7 @@ def test_a_rank_per_gpu(models: Path) -> None:
         ({"name": "../x"}, {}, "not a deployment name"),
         ({"pass_environment": ["HF_TOKEN=abc"]}, {}, "not the name of a variable"),
         ({"engine": "e", "model_path_in_container": "engine"}, {}, "not an absolute path"),
+        ({}, {"host": "gpu-box.example"}, r"deploy.host 'gpu-box.example' is not an IP address"),
     ],
 )
 def test_what_cannot_be_rendered(models: Path, options: dict[str, Any], deploy: dict[str, Any], said: str) -> None:
@@ -93,10 +97,10 @@ def test_what_cannot_be_rendered(models: Path, options: dict[str, Any], deploy: 
 
 @pytest.mark.skipif(REAL_DOCKER is None, reason="no docker command")
 @pytest.mark.parametrize("gpus", ["all", "0", "0,1"])
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "0.0.0.0"])  # noqa: S104 - no engine listens
 def test_the_real_command_understands_every_option(models: Path, engine: Path, gpus: str, host: str) -> None:
     """No engine is asked: at this address there can be none. The parser comes first and refuses what is wrong."""
-    argv = target.render(config(gpus=gpus, host=host), models, engine, user="1:1").argv(detach=True)
+    argv = target.render(config(gpus=gpus, host=host), models, engine, user="1:1").argv(start="abc")
     environment = {"PATH": os.environ["PATH"], "DOCKER_HOST": "tcp://127.0.0.1:1"}
 
     def said(arguments: list[str]) -> str:
@@ -120,8 +124,9 @@ def test_up_status_logs_down(docker: Path, models: Path, engine: Path) -> None:
     assert target.down("m").phase == "stopped"
     assert list((docker / "containers").iterdir()) == []
     assert list(target.logs("m", 5)) == ["server says hello"]  # kept
-    stops = [words for words in calls(docker) if words[0] == "stop"]
-    assert stops == [["stop", "-t", "15", "trtkit-m"]]
+    (stop,) = [words for words in calls(docker) if words[0] == "stop"]
+    assert stop[:3] == ["stop", "-t", "15"]
+    assert len(stop[3]) == 64  # its id: the name may be somebody else's by now
     assert target.up(config(), models, engine).ready
 
 
@@ -166,10 +171,94 @@ def test_images_are_pulled_and_a_missing_one_is_named(docker: Path, models: Path
         target.up(config(image="registry.example/none:1"), models, name="other")
 
 
-def test_what_docker_refuses_is_passed_on(docker: Path, models: Path) -> None:
-    (docker / "containers" / "trtkit-m.json").write_text('{"pid": 0, "running": false, "code": 0, "log": ""}')
-    with pytest.raises(LacksError, match=r'could not start trtkit-m: Conflict\. The container name "/trtkit-m"'):
+def foreign(docker: Path) -> Path:
+    """A container of somebody else under the name that a deployment 'm' wants: of another user's trtkit, even."""
+    file = docker / "containers" / "trtkit-m.json"
+    container = {"id": "f" * 64, "labels": {"trtkit.start": "theirs"}, "pid": 0, "running": True, "code": 0, "log": "x"}
+    file.write_text(json.dumps(container))
+    return file
+
+
+def test_a_taken_name_costs_nobody_their_server(docker: Path, models: Path) -> None:
+    file = foreign(docker)
+    before = file.read_text()
+    with pytest.raises(InputError, match="another container.* is called trtkit-m") as refused:
         target.up(config(), models)
+    assert "another --name" in refused.value.fix
+    assert file.read_text() == before
+    assert target.status("m").phase == "failed"
+    assert not [words for words in calls(docker) if words[0] in ("rm", "stop", "logs")]
+
+
+def test_a_name_that_somebody_took_over_is_theirs(docker: Path, models: Path) -> None:
+    target.up(config(), models)
+    subprocess.run(["docker", "rm", "--force", "trtkit-m"], check=True)
+    file = foreign(docker)
+    before = file.read_text()
+    assert target.down("m").reason == "its container is gone"
+    assert target.status("m").phase == "crashed"
+    assert list(target.logs("m", 5)) == []
+    assert file.read_text() == before
+
+
+def test_what_docker_refuses_is_passed_on(docker: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STANDIN_FATE", "broken")
+    with pytest.raises(LacksError, match=r"could not start trtkit-m: .*could not select device driver") as lacking:
+        target.up(config(), models)
+    assert "NVIDIA Container Toolkit" in lacking.value.fix
+    assert list((docker / "containers").iterdir()) == []
+
+
+@pytest.mark.parametrize("fate", ["exit", "mute", "broken"])
+def test_a_log_that_cannot_be_kept_keeps_no_container_alive(
+    docker: Path, models: Path, monkeypatch: pytest.MonkeyPatch, state_folder: Path, fate: str
+) -> None:
+    monkeypatch.setenv("STANDIN_FATE", fate)
+    (state_folder / "deployments" / "m" / "server.log").mkdir(parents=True)  # a folder is no file to write to
+    with pytest.raises((CheckFailedError, LacksError), match="exited|not ready|could not start"):
+        target.up(config(ready_timeout_s=0.5), models)
+    assert list((docker / "containers").iterdir()) == []
+    assert target.status("m").phase == "failed"
+
+
+def test_down_without_a_log(docker: Path, models: Path, state_folder: Path) -> None:
+    target.up(config(), models)
+    (state_folder / "deployments" / "m" / "server.log").mkdir()
+    stopped = target.down("m")
+    assert stopped.phase == "stopped" and "log could not be kept" in stopped.reason
+    assert list((docker / "containers").iterdir()) == []
+
+
+def test_a_docker_that_dies_meanwhile_leaves_a_container_that_down_removes(
+    docker: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object) -> list[str]:
+        (docker / "dead").touch()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target.readiness, "not_ready", die)
+        with pytest.raises(KeyboardInterrupt):
+            target.up(config(), models)
+    (docker / "dead").unlink()
+    record = state.read(state.folder_of("m"))
+    assert record is not None and "did not remove its container" in record["reason"]
+    assert target.down("m").phase == "stopped"
+    assert list((docker / "containers").iterdir()) == []
+
+
+def test_localhost_is_published_on_its_address(docker: Path, models: Path) -> None:
+    deployment = target.up(config(host="localhost"), models)
+    assert (deployment.host, deployment.ready) == ("127.0.0.1", True)
+    (run,) = [words for words in calls(docker) if words[0] == "run"]
+    assert f"127.0.0.1:{deployment.http_port}:8000" in run
+
+
+def test_every_address(docker: Path, models: Path) -> None:
+    deployment = target.up(config(host="0.0.0.0"), models)  # noqa: S104 - the stand-in listens on loopback
+    assert deployment.ready and deployment.http_url == f"http://127.0.0.1:{deployment.http_port}"
+    (run,) = [words for words in calls(docker) if words[0] == "run"]
+    assert f"0.0.0.0:{deployment.http_port}:8000" in run
 
 
 def test_no_docker_and_no_engine(docker: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

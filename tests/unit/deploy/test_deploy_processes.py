@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
 
 from trtkit.deploy import processes
 
@@ -87,3 +90,27 @@ def test_only_regions_with_the_prefix_are_removed(tmp_path: Path) -> None:
     assert processes.remove_shared_memory("trtkit_a_", tmp_path) == ["trtkit_a_1", "trtkit_a_2"]
     assert processes.remove_shared_memory("", tmp_path) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "trtkit_b_1"]
+
+
+def test_a_process_of_another_user_spares_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signalling it is refused, as for a program with the setuid bit; the others are killed all the same."""
+    kill, foreign = os.kill, subprocess.Popen(["sleep", "600"], env={processes.MARKER: "tok3"})
+    own = subprocess.Popen(["sleep", "600"], env={processes.MARKER: "tok3"})
+
+    def refusing(pid: int, number: int) -> None:
+        if pid == foreign.pid:
+            raise PermissionError(1, "Operation not permitted")
+        kill(pid, number)
+
+    monkeypatch.setattr(processes.os, "kill", refusing)
+    monkeypatch.setattr(processes.time, "sleep", lambda seconds: None)
+    try:
+        assert processes.send(foreign.pid, signal.SIGTERM) is False
+        assert processes.kill_members("tok3") == [own.pid]
+        assert own.wait(30) == -signal.SIGKILL
+        assert foreign.poll() is None
+    finally:
+        monkeypatch.undo()
+        for process in (own, foreign):
+            process.kill()
+            process.wait()

@@ -106,8 +106,8 @@ def test_a_record_with_a_hole_is_none(target: str) -> None:
     whole = RECORD | {"target": target, "container": "c", "stop_timeout_s": 1}
     state.write(folder, whole)
     assert state.read(folder) == whole
-    needed = {"local": ["token", "shm_prefix", "exit_timeout_s"], "docker": ["container", "stop_timeout_s"]}[target]
-    for key in [*needed, "name", "phase", "models", "log_path", "http_port", "target"]:
+    needed = {"local": ["shm_prefix", "exit_timeout_s"], "docker": ["container", "stop_timeout_s"]}[target]
+    for key in [*needed, "token", "name", "phase", "models", "log_path", "http_port", "target"]:
         for hole in ({other: value for other, value in whole.items() if other != key}, whole | {key: None}):
             state.write(folder, hole)
             assert state.read(folder) is None, key

@@ -24,6 +24,8 @@ Array = npt.NDArray[Any]
 LEAST_DIVISOR = 1e-6
 """Logits are divided by temperature and repetition penalty; by less than this they would leave the range of float32."""
 
+_KNOWN_IDS = "send ids that the model's own tokenizer makes"
+
 INPUTS = (
     "input_ids",
     "input_lengths",
@@ -56,7 +58,7 @@ class Limits:
     Attributes:
         vocab_size: token ids are below.
         max_seq_len: most tokens of prompt and output together.
-        end_ids: end ids of requests that name none, or name one of these.
+        end_ids: end ids of requests that name none.
         exclude_input_in_output: default of the input of that name.
         decoupled: whether a request may have several responses.
     """
@@ -202,7 +204,7 @@ class _Rows:
             return [default] * self._rows
         for value in values:
             if (least is not None and value < least) or (most is not None and value > most):
-                raise InputError(f"{name}: {value} is not {_span(least, most)}", "")
+                raise InputError(f"{name}: {value} is not {_span(least, most)}", _within(least, most))
         return values
 
     def numbers(self, name: str, default: float, *, least: float = -math.inf, most: float = math.inf) -> list[float]:
@@ -211,9 +213,9 @@ class _Rows:
             return [default] * self._rows
         for value in values:
             if not math.isfinite(value):
-                raise InputError(f"{name}: {value} is not finite", "")
+                raise InputError(f"{name}: {value} is not finite", _within(least, most))
             if not least <= value <= most:
-                raise InputError(f"{name}: {value} is not {_span(least, most)}", "")
+                raise InputError(f"{name}: {value} is not {_span(least, most)}", _within(least, most))
         return values
 
     def flag(self, name: str, default: bool) -> bool:
@@ -232,6 +234,11 @@ def _span(least: float | None, most: float | None) -> str:
     return " and ".join(part for part in (low, high) if part) or "a finite number"
 
 
+def _within(least: float | None, most: float | None) -> str:
+    """The fix for a value outside of a span."""
+    return f"send {_span(least, most).partition(',')[0]}, or leave the tensor out if it is optional"
+
+
 def _tensor(inputs: Mapping[str, Array], name: str) -> Array:
     if name not in inputs:
         raise InputError(f"{name}: the tensor is missing", "send it")
@@ -241,15 +248,15 @@ def _tensor(inputs: Mapping[str, Array], name: str) -> Array:
 def _prompt(ids: Array, limits: Limits) -> list[int]:
     if ids.min() < 0 or ids.max() >= limits.vocab_size:
         bad = int(ids[(ids < 0) | (ids >= limits.vocab_size)][0])
-        raise InputError(f"input_ids: {bad} is not in the vocabulary of {limits.vocab_size}", "")
+        raise InputError(f"input_ids: {bad} is not in the vocabulary of {limits.vocab_size}", _KNOWN_IDS)
     tokens: list[int] = ids.tolist()
     return tokens
 
 
 def _end_ids(end_id: int | None, limits: Limits) -> tuple[int, ...]:
-    """The engine knows one end id, the model may have several: naming one of the model's own means all of them. Any
-    other one ends the answer alone, and a negative one means that nothing does."""
-    if end_id is None or end_id in limits.end_ids:
+    """A request that names no end id gets all of the model's. One that does gets that one alone, as with the engine,
+    which knows a single one: preprocessing sends a model's others as stop words. A negative one ends nothing."""
+    if end_id is None:
         return limits.end_ids
     return (end_id,) if end_id >= 0 else ()
 
@@ -298,5 +305,5 @@ def _split(name: str, ids: list[int], ends: list[int], limits: Limits) -> list[W
         raise InputError(f"{name}: offset {bounds[-1]} is beyond the {len(ids)} ids", "send word ends, then -1")
     for token in ids[: bounds[-1]]:
         if not 0 <= token < limits.vocab_size:
-            raise InputError(f"{name}: {token} is not in the vocabulary of {limits.vocab_size}", "")
+            raise InputError(f"{name}: {token} is not in the vocabulary of {limits.vocab_size}", _KNOWN_IDS)
     return [tuple(ids[start:end]) for start, end in pairwise(bounds)]

@@ -1,0 +1,317 @@
+"""A conversion from beginning to end: checks, resuming what was interrupted, the manifest, publishing.
+
+The manifest `conversion.json` lies beside config.json and says what the checkpoint was made of and how, and the size
+and checksum of every file. While a conversion runs, `progress.json` in its unpublished folder says how far it came.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import blake3
+
+from trtkit import __version__
+from trtkit.checkpoint import MANIFEST, is_checkpoint, rank_file
+from trtkit.convert.cast import CastReport
+from trtkit.convert.follow import FileRecord, NonFinite
+from trtkit.convert.plan import Plan
+from trtkit.convert.source import source_tensors
+from trtkit.convert.stream import Written, write_ranks
+from trtkit.errors import InputError, LacksError
+from trtkit.hf import Source
+from trtkit.safetensors_io import TensorEntry
+from trtkit.store import atomic_dir, atomic_write, check_output, digest
+
+PROGRESS = "progress.json"
+PROGRESS_BYTES = 256 << 20
+"""How much may be written before the next note of how far the conversion came."""
+
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a conversion is carried out.
+
+    Attributes:
+        checksum: digest every file and look for NaN and infinity, both beside the copying.
+        saturate: values beyond the range of the dtype become its largest instead of an error.
+    """
+
+    checksum: bool = True
+    saturate: bool = False
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion found.
+
+    Attributes:
+        report: what the change of dtype did to the values.
+        non_finite: source tensors that hold a NaN or an infinity, each with the first index.
+        resumed_bytes: bytes of the ranks that an interrupted run had finished.
+    """
+
+    report: CastReport
+    non_finite: list[NonFinite]
+    resumed_bytes: int
+
+
+def convert(
+    plan: Plan,
+    source: Source,
+    out: Path,
+    *,
+    options: Options | None = None,
+    replace: bool = False,
+    on_progress: OnProgress = lambda done, total: None,
+    write: WriteRanks | None = None,
+) -> Conversion:
+    """Writes the checkpoint folder, all or nothing.
+
+    A run that was killed or interrupted leaves a hidden folder beside `out`; the same call goes on from there.
+
+    Args:
+        replace: replace an earlier checkpoint. Any other folder stays as it is.
+        on_progress: called with bytes (done, total) of the checkpoint.
+        write: writes the missing ranks (default: `write_here`).
+
+    Raises:
+        InputError: `out` may not be written to, or a value cannot be represented in the checkpoint's dtype (names the
+            tensor).
+        LacksError: the disk is full.
+    """
+    options = options or Options()
+    check_target(out, source, replace=replace)
+    with atomic_dir(out, replace=replace, resume=resume_key(plan, source, options)) as folder:
+        return write_checkpoint(plan, source, folder, options=options, on_progress=on_progress, write=write)
+
+
+def resume_key(plan: Plan, source: Source, options: Options) -> str:
+    """Digest of all that determines the bytes of a checkpoint, so that only the same conversion goes on with it."""
+    return digest({"source": source.identity(), "config": plan.config, "options": asdict(options)})
+
+
+def check_target(out: Path, source: Source, *, replace: bool = False) -> None:
+    """Whether a checkpoint of `source` may be written to `out`.
+
+    Raises:
+        InputError: `out` is or holds the source or lies in it, exists, or is (with `replace`) no earlier checkpoint.
+    """
+    target = check_output(out, replace=True)
+    origin = source.path.resolve()
+    if target == origin or origin in target.parents or target in origin.parents:
+        raise InputError(f"{out} would overwrite its own source {source.path}", "choose another output folder")
+    if target.is_dir() and any(target.iterdir()):
+        earlier = is_checkpoint(target)
+        if not replace:
+            hint = ", or replace the checkpoint there with --force" if earlier else ""
+            raise InputError(f"{out} exists already", f"choose another output folder{hint}")
+        if not earlier:
+            raise InputError(
+                f"{out} is not an earlier checkpoint", "choose another output folder, or remove it yourself"
+            )
+
+
+def write_checkpoint(
+    plan: Plan,
+    source: Source,
+    folder: Path,
+    *,
+    options: Options | None = None,
+    on_progress: OnProgress = lambda done, total: None,
+    write: WriteRanks | None = None,
+) -> Conversion:
+    """Like `convert`, into an existing folder that the caller publishes. What an interrupted call of the same plan,
+    source and options left there is kept."""
+    options = options or Options()
+    if not (folder / PROGRESS).is_file():
+        for leftover in folder.iterdir():  # of a run that was stopped before its first note, or of what was replaced
+            leftover.unlink()
+    progress = Progress.read(folder)
+    done = sum(plan.rank_bytes(rank) for rank in progress.finished)
+    total = sum(plan.rank_bytes(rank) for rank in range(len(plan.ranks)))
+    resumed = done
+    _check_space(folder, total)
+    on_progress(done, total)
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        on_progress(done, total)
+
+    try:
+        (write or write_here)(plan, source, folder, options, progress, advance)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise LacksError(f"{folder.parent}: the disk is full", f"{_gigabytes(total)} are needed there") from error
+        raise
+    on_progress(total, total)
+    _finish(plan, source, folder, options, progress)
+    return Conversion(progress.report, progress.non_finite, resumed)
+
+
+@dataclass
+class Progress:
+    """How far a conversion came, kept in `progress.json` of its folder.
+
+    Ranks are finished when they are on the disk. The units (layers) of the running stage are only known to be in the
+    page cache, so after a restart of the machine that stage begins anew.
+
+    Attributes:
+        finished: rank -> record of its file.
+        report, non_finite: account of the finished ranks.
+        stage, unit, unit_report: the last unit written in a running stage, and the stage's account so far.
+    """
+
+    folder: Path
+    finished: dict[int, FileRecord] = field(default_factory=dict)
+    report: CastReport = field(default_factory=CastReport)
+    non_finite: list[NonFinite] = field(default_factory=list)
+    stage: int = -1
+    unit: int = -1
+    unit_report: CastReport = field(default_factory=CastReport)
+
+    @classmethod
+    def read(cls, folder: Path) -> Progress:
+        """The progress noted in a folder; none where nothing (readable) is."""
+        try:
+            noted = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return cls(folder)
+        progress = cls(
+            folder,
+            {int(rank): FileRecord(**record) for rank, record in noted["finished"].items()},
+            CastReport(**noted["report"]),
+            [NonFinite(found["tensor"], tuple(found["index"]), found["value"]) for found in noted["non_finite"]],
+        )
+        if noted["boot"] == _boot_id():
+            progress.stage, progress.unit = noted["stage"], noted["unit"]
+            progress.unit_report = CastReport(**noted["unit_report"])
+        return progress
+
+    def start(self, stage: int) -> tuple[int, CastReport]:
+        """The last unit of a stage that is written (-1: none), and the account of what was."""
+        return (self.unit, self.unit_report) if stage == self.stage else (-1, CastReport())
+
+    def note(self, stage: int, unit: int, report: CastReport) -> None:
+        self.stage, self.unit, self.unit_report = stage, unit, report
+        self._write(sync=False)
+
+    def finish(self, written: Written) -> None:
+        """Notes ranks that are on the disk."""
+        self.finished |= written.files
+        self.report.add(written.report)
+        known = {found.tensor for found in self.non_finite}
+        self.non_finite += [found for found in written.non_finite if found.tensor not in known]
+        self.stage, self.unit, self.unit_report = -1, -1, CastReport()
+        self._write(sync=True)
+
+    def _write(self, *, sync: bool) -> None:
+        noted = {
+            "boot": _boot_id(),
+            "finished": {rank: asdict(record) for rank, record in self.finished.items()},
+            "report": asdict(self.report),
+            "non_finite": [asdict(found) for found in self.non_finite],
+            "stage": self.stage,
+            "unit": self.unit,
+            "unit_report": asdict(self.unit_report),
+        }
+        atomic_write(self.folder / PROGRESS, json.dumps(noted), sync=sync)
+
+
+WriteRanks = Callable[[Plan, Source, Path, Options, Progress, Callable[[int], None]], None]
+"""Writes the ranks that the progress does not call finished, notes them there, and tells the bytes it wrote."""
+
+
+def write_here(
+    plan: Plan, source: Source, folder: Path, options: Options, progress: Progress, advance: Callable[[int], None]
+) -> None:
+    """A `WriteRanks` that works in this process, one pipeline stage after the other."""
+    tensors = source_tensors(source)
+    for stage, ranks in enumerate(plan.stages()):
+        if not progress.finished.keys() >= set(ranks):
+            _write_stage(plan, tensors, folder, stage, options, progress, advance)
+
+
+def _write_stage(
+    plan: Plan,
+    tensors: Mapping[str, TensorEntry],
+    folder: Path,
+    stage: int,
+    options: Options,
+    progress: Progress,
+    advance: Callable[[int], None],
+) -> None:
+    done, report = progress.start(stage)
+    since_note = 0
+
+    def count(nbytes: int) -> None:
+        nonlocal since_note
+        since_note += nbytes
+        advance(nbytes)
+
+    def note(unit: int, report: CastReport) -> None:
+        nonlocal since_note
+        if since_note >= PROGRESS_BYTES:
+            since_note = 0
+            progress.note(stage, unit, report)
+
+    written = write_ranks(
+        plan,
+        tensors,
+        folder,
+        plan.stages()[stage],
+        checksum=options.checksum,
+        saturate=options.saturate,
+        done_units=done,
+        report=report,
+        on_unit=note,
+        on_progress=count,
+    )
+    progress.finish(written)
+
+
+def _finish(plan: Plan, source: Source, folder: Path, options: Options, progress: Progress) -> None:
+    """Writes config.json and the manifest."""
+    config = (json.dumps(plan.config, indent=2) + "\n").encode()
+    atomic_write(folder / "config.json", config)
+    files = {"config.json": FileRecord(len(config), blake3.blake3(config).hexdigest() if options.checksum else None)}
+    files |= {rank_file(rank): progress.finished[rank] for rank in sorted(progress.finished)}
+    manifest = {
+        "producer": {"name": "trtkit", "version": __version__},
+        "source": source.identity(),
+        "options": asdict(options),
+        "report": asdict(progress.report),
+        "non_finite": [asdict(found) for found in sorted(progress.non_finite, key=lambda found: found.tensor)],
+        "files": {name: asdict(record) for name, record in files.items()},
+    }
+    atomic_write(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    (folder / PROGRESS).unlink(missing_ok=True)
+
+
+def _check_space(folder: Path, total: int) -> None:
+    have = sum(file.stat().st_blocks * 512 for file in folder.iterdir())
+    free = shutil.disk_usage(folder).free
+    if total - have > free:
+        raise LacksError(
+            f"{folder.parent}: {_gigabytes(free)} are free, the checkpoint takes {_gigabytes(total)}",
+            "free some space, or choose a folder on another disk",
+        )
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count:,} bytes"
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""

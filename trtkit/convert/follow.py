@@ -1,0 +1,183 @@
+"""Reads the rank files right behind the writer, in a thread of its own: their checksums, and NaN or infinity in them.
+
+A file's checksum needs its bytes in order, and the writer fills all ranks a layer at a time; so the follower reads each
+file up to where it is complete, while the pages are still in memory.
+"""
+
+from __future__ import annotations
+
+import bisect
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import blake3
+import numpy as np
+
+from trtkit.convert.plan import Piece, PlannedTensor, Plan
+from trtkit.safetensors_io import DTYPES, Writer
+
+READ_BYTES = 4 << 20
+
+_SPECIAL_EXPONENT = {"F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80), "F32": (np.uint32, 0x7F800000)}
+"""Dtype -> its bits as an integer, and the smallest magnitude that is infinite (larger ones are NaN)."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A finished file: bytes, and the BLAKE3 digest as hex (None where none was asked for)."""
+
+    bytes: int
+    blake3: str | None
+
+
+@dataclass(frozen=True)
+class NonFinite:
+    """The first NaN or infinity of a source tensor."""
+
+    tensor: str
+    index: tuple[int, ...]
+    value: str
+
+
+class Follower:
+    """Follows the writers of some ranks. Use as a context manager; leaving it stops the thread.
+
+    Attributes:
+        non_finite: what was found so far, at most one entry per source tensor and rank.
+    """
+
+    def __init__(self, plan: Plan, writers: Mapping[int, Writer], *, checksum: bool) -> None:
+        self.non_finite: list[NonFinite] = []
+        self._writers = writers
+        self._checksum = checksum
+        self._files = {rank: _File(plan.ranks[rank], writer) for rank, writer in writers.items()} if checksum else {}
+        self._condition = threading.Condition()
+        self._unit = -1
+        self._stopped = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="trtkit-checksum", daemon=True)
+
+    def __enter__(self) -> Follower:
+        if self._checksum:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._condition:
+            self._stopped = True
+            self._condition.notify()
+        if self._checksum:
+            self._thread.join()
+
+    def advance(self, unit: int) -> None:
+        """Tells that everything up to and including a unit of the plan is written."""
+        with self._condition:
+            if self._error:
+                raise self._error
+            self._unit = unit
+            self._condition.notify()
+
+    def finish(self) -> dict[int, FileRecord]:
+        """Waits until all is read; the record of each rank's file."""
+        if not self._checksum:
+            return {rank: FileRecord(writer.size, None) for rank, writer in self._writers.items()}
+        with self._condition:
+            self._condition.wait_for(lambda: self._error or all(file.done for file in self._files.values()))
+            if self._error:
+                raise self._error
+        return {rank: FileRecord(file.writer.size, file.hasher.hexdigest()) for rank, file in self._files.items()}
+
+    def _run(self) -> None:
+        try:
+            unit = -1
+            while True:
+                with self._condition:
+                    self._condition.wait_for(lambda: self._stopped or self._unit > unit)
+                    if self._stopped:
+                        return
+                    unit = self._unit
+                for file in self._files.values():
+                    for found in file.follow(unit):
+                        self.non_finite.append(found)
+                    if self._stopped:
+                        return
+                with self._condition:
+                    self._condition.notify()
+        except BaseException as error:
+            with self._condition:
+                self._error = error
+                self._condition.notify()
+
+
+class _File:
+    """One rank's file and how far it was read."""
+
+    def __init__(self, planned: list[PlannedTensor], writer: Writer) -> None:
+        self.writer = writer
+        self.hasher = blake3.blake3()
+        by_name = {tensor.name: tensor for tensor in planned}
+        self._tensors = [by_name[spec.name] for spec in writer.order]
+        self._starts = [writer.starts[spec.name] for spec in writer.order]
+        self._ends = [*self._starts[1:], writer.size]
+        self._read = 0
+        self._complete = 0  # tensors at the beginning of the file that are known to be complete
+        self._seen: set[str] = set()
+
+    @property
+    def done(self) -> bool:
+        return self._read == self.writer.size
+
+    def follow(self, unit: int) -> list[NonFinite]:
+        """Reads as far as the file is complete when all units up to `unit` are."""
+        while self._complete < len(self._tensors) and self._tensors[self._complete].unit <= unit:
+            self._complete += 1
+        limit = self._starts[self._complete] if self._complete < len(self._tensors) else self.writer.size
+        found: list[NonFinite] = []
+        while self._read < limit:
+            # Blocks end at multiples of 4 so that no element of any dtype is cut in two.
+            stop = min((self._read + READ_BYTES) // 4 * 4, limit)
+            data = self.writer.read(self._read, stop - self._read)
+            if len(data) != stop - self._read:
+                raise OSError(f"{self.writer.path} became shorter while it was written")
+            self.hasher.update(data)
+            found += self._scan(data, self._read, stop)
+            self._read = stop
+        return found
+
+    def _scan(self, data: bytes, start: int, stop: int) -> list[NonFinite]:
+        found = []
+        position = max(0, bisect.bisect_right(self._starts, start) - 1)
+        while position < len(self._tensors) and self._starts[position] < stop:
+            tensor, first = self._tensors[position], self._starts[position]
+            low, high = max(first, start), min(self._ends[position], stop)
+            integer, infinite = _SPECIAL_EXPONENT[tensor.dtype]
+            bits = np.frombuffer(data, integer, (high - low) // DTYPES[tensor.dtype].itemsize, low - start)
+            mask = integer(np.iinfo(integer).max >> 1)
+            if len(bits) and (bits & mask).max() >= infinite:
+                element = int(np.flatnonzero((bits & mask) >= infinite)[0])
+                value = "NaN" if bits[element] & mask > infinite else "infinity"
+                found += self._name(tensor, (low - first) // integer().itemsize + element, value)
+            position += 1
+        return found
+
+    def _name(self, tensor: PlannedTensor, element: int, value: str) -> list[NonFinite]:
+        piece = next(p for p in reversed(tensor.pieces) if p.element <= element)
+        if piece.source in self._seen:
+            return []
+        self._seen.add(piece.source)
+        return [NonFinite(piece.source, _source_index(piece, element - piece.element), value)]
+
+
+def _source_index(piece: Piece, element: int) -> tuple[int, ...]:
+    """Where the n-th element of a piece lies in the source tensor (in the shape that the piece looks at it in)."""
+    extents = [stop - start for start, stop in piece.box]
+    order: Any = extents[::-1] if piece.transposed else extents
+    index = [int(i) for i in np.unravel_index(element, order)]
+    if piece.transposed:
+        index.reverse()
+    return tuple(i + start for i, (start, _) in zip(index, piece.box, strict=True))

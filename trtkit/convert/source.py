@@ -1,0 +1,138 @@
+"""From a source and options to a plan, after checking that the source holds exactly what the plan reads."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from trtkit import __version__, architectures
+from trtkit.architectures.rules import Architecture, Stacked
+from trtkit.config import CheckpointConfig
+from trtkit.convert.plan import Plan, plan_checkpoint
+from trtkit.errors import InputError
+from trtkit.hf import Source
+from trtkit.safetensors_io import TensorEntry
+
+SOURCE_DTYPES = ("float16", "bfloat16", "float32")
+
+
+def plan_conversion(source: Source, options: CheckpointConfig) -> Plan:
+    """The plan for a source, after checking that the source holds exactly what the plan reads.
+
+    Raises:
+        InputError: sizes that the layout does not divide; missing, surplus or misshapen tensors.
+    """
+    architecture = architectures.get(source.architecture)
+    config = checkpoint_config(source, options)
+    layers = config["num_hidden_layers"]
+    if layers > len(source.tensors):  # told before a plan of that length is made
+        raise InputError(
+            f"{source.path}: config.json says {layers} layers, the weights have {len(source.tensors)} tensors",
+            "config.json and the weights do not belong together",
+        )
+    plan = plan_checkpoint(config)
+    _check(plan, source, architecture)
+    return plan
+
+
+def checkpoint_config(source: Source, options: CheckpointConfig) -> dict[str, Any]:
+    """config.json of the checkpoint: the model's keys plus those of its layout. All defaults are written out, since
+    TRT-LLM's own are wrong for most models and it does not complain when they apply.
+
+    Raises:
+        InputError: the model has settings that TRT-LLM cannot express.
+    """
+    architecture = architectures.get(source.architecture)
+    model = architecture.checkpoint_config(source.config)
+    sharding = options.parallel_embedding
+    if architecture.split_embedding and options.tp > 1:
+        sharding = "vocab"
+    mapping = {"world_size": options.tp * options.pp, "tp_size": options.tp, "pp_size": options.pp}
+    if architecture.has_experts or options.ep > 1:
+        mapping |= {"moe_tp_size": options.tp // options.ep, "moe_ep_size": options.ep}
+    return {
+        **model,
+        "dtype": resolve_dtype(source.config.get("dtype"), options.dtype),
+        "logits_dtype": "float32",
+        "use_parallel_embedding": sharding != "none",
+        "embedding_sharding_dim": 1 if sharding == "hidden" else 0,
+        "mapping": mapping,
+        "quantization": {"quant_algo": None, "kv_cache_quant_algo": None},
+        "producer": {"name": "trtkit", "version": __version__},
+    }
+
+
+def resolve_dtype(given: Any, wanted: str) -> str:
+    """The checkpoint's dtype: `wanted`, where `auto` keeps the source's and float32 becomes float16.
+
+    Raises:
+        InputError: `auto`, and the source's is no weight dtype.
+    """
+    if wanted != "auto":
+        return wanted
+    given = given or "float16"
+    if given not in (*SOURCE_DTYPES, "float64"):
+        raise InputError(f"config.json: dtype {given!r} is not a weight dtype", "give --dtype")
+    return given if given in ("float16", "bfloat16") else "float16"
+
+
+def source_tensors(source: Source) -> dict[str, TensorEntry]:
+    """The source's tensors under the names of its family's table, whichever spelling or layout it came in."""
+    architecture = architectures.get(source.architecture)
+    tensors: dict[str, TensorEntry] = {}
+    for name, entry in source.tensors.items():
+        for pattern, replacement in architecture.renames:
+            name = re.sub(pattern, replacement, name)
+        for unstacked, part in _unstack(name, entry, architecture.stacked):
+            if unstacked in tensors:
+                raise InputError(
+                    f"{entry.path}: '{entry.name}' and '{tensors[unstacked].name}' are both '{unstacked}'",
+                    "remove one of them",
+                )
+            tensors[unstacked] = part
+    return tensors
+
+
+def _unstack(name: str, entry: TensorEntry, layouts: tuple[Stacked, ...]) -> list[tuple[str, TensorEntry]]:
+    """The single experts of a tensor that stacks them: each is a contiguous range of its bytes."""
+    for layout in layouts:
+        match = re.fullmatch(layout.pattern, name)
+        if match is None or len(entry.shape) != 3 or entry.shape[1] % len(layout.names):
+            continue
+        experts, rows, columns = entry.shape
+        shape = (rows // len(layout.names), columns)
+        parts = []
+        for expert in range(experts):
+            for template in layout.names:
+                start = entry.start + len(parts) * shape[0] * shape[1] * entry.dtype.itemsize
+                part_name = match.expand(template).format(expert=expert)
+                parts.append((part_name, TensorEntry(entry.path, part_name, entry.dtype, shape, start)))
+        return parts
+    return [(name, entry)]
+
+
+def _check(plan: Plan, source: Source, architecture: Architecture) -> None:
+    mixed = "config.json and the weights do not belong together"
+    tensors = source_tensors(source)
+    for name, shape in plan.sources.items():
+        entry = tensors.get(name)
+        if entry is None:
+            raise InputError(f"{source.path}: tensor '{name}' is missing", mixed)
+        if entry.shape != shape:
+            raise InputError(
+                f"{entry.path}: tensor '{name}' has shape {list(entry.shape)}, config.json implies {list(shape)}", mixed
+            )
+        if entry.dtype.name not in SOURCE_DTYPES:
+            raise InputError(
+                f"{entry.path}: tensor '{name}' is {entry.dtype.name}, which is not a plain weight dtype",
+                "start from the unquantised checkpoint",
+            )
+    # A tied output projection is another name of the embedding; transformers ignores a stored copy, and so do we.
+    tied = plan.config.get("tie_word_embeddings")
+    ignored = (*architecture.ignored, *([r"lm_head\.weight"] if tied else []))
+    for name, entry in tensors.items():
+        if name not in plan.sources and not any(re.fullmatch(pattern, name) for pattern in ignored):
+            raise InputError(
+                f"{entry.path}: tensor '{name}' has no place in {source.architecture}",
+                f"{mixed} (a bias the config denies? an adapter?)",
+            )
