@@ -48,7 +48,7 @@ from trtkit.convert.source import plan_conversion
 from trtkit.convert.conversion import convert
 from trtkit.deploy.local import running_server
 from trtkit.hf import open_source
-from trtkit.repository import contract, pbtxt
+from trtkit import contract, pbtxt
 from trtkit.repository.models import reference
 from trtkit.repository.models.reference.generation import Generation
 from trtkit.repository.models.reference.inflight import InflightBatch

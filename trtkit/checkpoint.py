@@ -22,6 +22,8 @@ REQUIRED_KEYS = (
     "architecture", "dtype", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_size", "intermediate_size", "max_position_embeddings", "mapping",
 )  # fmt: skip
+MAX_LAYERS = 100_000
+MAX_COUNT = 2**40
 _TEXTS = ("architecture", "dtype")
 _FLAGS = ("use_parallel_embedding", "tie_word_embeddings", "attn_bias", "mlp_bias")
 _MAPPING_KEYS = ("world_size", "tp_size", "pp_size", "cp_size", "moe_tp_size", "moe_ep_size")
@@ -89,7 +91,8 @@ def read_checkpoint_config(path: Path) -> dict[str, Any]:
         if key in _TEXTS:
             _check(file, key, config[key], isinstance(config[key], str) and is_name(config[key], 100), "a name")
         elif key != "mapping":
-            _check(file, key, config[key], _is_count(config[key]), "a positive integer")
+            limit = MAX_LAYERS if key == "num_hidden_layers" else MAX_COUNT
+            _check(file, key, config[key], _is_count(config[key], limit), f"a positive integer up to {limit}")
     for key in _FLAGS:
         _check(file, key, config.get(key, False), isinstance(config.get(key, False), bool), "true or false")
     axis = config["embedding_sharding_dim"]
@@ -132,8 +135,8 @@ def _read_mapping(file: Path, given: Any) -> dict[str, int]:
     return mapping
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 < value < 2**40
+def _is_count(value: Any, limit: int = MAX_COUNT) -> bool:
+    return type(value) is int and 0 < value <= limit
 
 
 def _check(file: Path, key: str, value: Any, good: bool, wanted: str) -> None:

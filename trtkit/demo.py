@@ -30,8 +30,9 @@ from trtkit.deploy.local import ServerSpec, down, running_server, status, up
 from trtkit.errors import CheckFailedError, InputError
 from trtkit.findings import has_errors
 from trtkit.loadtest.metrics import Result
+from trtkit.loadtest.progress import line
 from trtkit.loadtest.report import render_html
-from trtkit.loadtest.runner import Progress, run_blocking
+from trtkit.loadtest.runner import run_blocking
 from trtkit.loadtest.tokens import token_counter
 from trtkit.repository.generate import render_repository, write_repository
 from trtkit.repository.lint import lint_repository
@@ -222,7 +223,7 @@ class _Demo:
 
     async def _stream(self, deployment: Deployment) -> int:
         chunks = 0
-        async with connect(f"grpc://{deployment.grpc_url}") as client:
+        async with connect(deployment.url("grpc")) as client:
             async for chunk in client.stream(GenerateRequest(PROMPT, max_tokens=48, repetition_penalty=1.15)):
                 self.listener.text(chunk.text)
                 chunks += bool(chunk.text)
@@ -230,7 +231,7 @@ class _Demo:
 
     def validate(self, config: BuildConfig, deployment: Deployment) -> None:
         with self.step("validate against the contract and the Hugging Face model") as details:
-            urls = [f"grpc://{deployment.grpc_url}", deployment.http_url]
+            urls = [deployment.url("grpc"), deployment.url("http")]
             self.result.checks = asyncio.run(run_checks(urls, subject_of(config), on_progress=self.listener.detail))
             passed = sum(check.passed for check in self.result.checks)
             details.append(f"{passed} of {len(self.result.checks)} checks passed")
@@ -238,8 +239,7 @@ class _Demo:
     def load(self, config: BuildConfig, deployment: Deployment) -> None:
         count_tokens = token_counter(config.model.source)
         for name, scenario in config.loadtest.items():
-            grpc = scenario.protocol == "grpc"
-            target = f"grpc://{deployment.grpc_url}" if grpc else deployment.http_url
+            target = deployment.url(scenario.protocol)
             with self.step(f"load test '{name}'") as details:
                 result = run_blocking(
                     target,
@@ -247,7 +247,7 @@ class _Demo:
                     name=name,
                     prompts=config.validation.prompts,
                     count_tokens=count_tokens,
-                    on_progress=lambda progress: self.listener.detail(_in_words(progress)),
+                    on_progress=lambda progress: self.listener.detail(line(progress)),
                 )
                 self.result.loads.append(result)
                 details.append(_headline(result))
@@ -299,11 +299,6 @@ def _kept() -> Deployment | None:
         return None
     deployment = status(NAME)
     return deployment if deployment.running else None
-
-
-def _in_words(progress: Progress) -> str:
-    p50 = f", p50 {progress.p50_ms:.0f} ms" if progress.p50_ms is not None else ""
-    return f"{progress.done} done, {progress.rps:.1f} requests/s{p50}, {progress.errors} errors"
 
 
 def _headline(result: Result) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from trtkit import remote
 from trtkit.errors import InputError
-from trtkit.hf_config import normalize_config, read_config
+from trtkit.hf_config import LAYER_COUNTS, normalize_config, read_config
 from trtkit.hub import FILES, NOT_FILES, download
 from trtkit.safetensors_io import TensorEntry, header_bytes, read_header
 from trtkit.untrusted import is_name, printable, read_json, unreadable
@@ -21,7 +21,6 @@ from trtkit.untrusted import is_name, printable, read_json, unreadable
 __all__ = ["Source", "eos_token_ids", "is_hub_id", "is_ignored", "normalize_config", "open_source", "read_config"]
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
 @dataclass(frozen=True)
@@ -234,7 +233,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _check_layer_count(path: Path, config: dict[str, Any], tensors: dict[str, TensorEntry]) -> None:
     """Whoever plans a conversion goes through all layers, so their number must be one that the weights can have."""
-    for key in _LAYER_COUNTS:
+    for key in LAYER_COUNTS:
         count = config.get(key)
         if type(count) is int and count > len(tensors):
             raise InputError(

@@ -17,6 +17,11 @@ from trtkit.errors import InputError
 from trtkit.untrusted import printable, read_json
 
 DEFAULT_ROPE_THETA = 10000.0
+MAX_LAYERS = 100_000
+"""More than any model has. Families go through the layers, and nobody shall count to a billion for them."""
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
+"""Families' names for the number of layers."""
+
 _QUANTIZED = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 """Where ModelOpt, AutoGPTQ and AutoAWQ put what config.json does not say."""
 
@@ -58,6 +63,11 @@ def read_config(path: Path) -> dict[str, Any]:
             "trtkit converts text models: use a text-only checkpoint of this family",
         )
     _refuse_quantized(path, raw)
+    for key in LAYER_COUNTS:
+        if type(count := raw.get(key)) is int and count > MAX_LAYERS:
+            raise InputError(
+                f"{file}: {key} is {printable(count, 30)}, no model has so many", "download the file again"
+            )
     try:
         architectures.get(names[0])
         return normalize_config(raw)

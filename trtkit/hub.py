@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from trtkit.errors import InputError, LacksError
@@ -40,9 +43,10 @@ def download(repo: str, revision: str | None) -> Path:
     import huggingface_hub.errors as hub
 
     try:
-        folder = huggingface_hub.snapshot_download(
-            repo, revision=revision, allow_patterns=FILES, ignore_patterns=NOT_FILES
-        )
+        with _progress():
+            folder = huggingface_hub.snapshot_download(
+                repo, revision=revision, allow_patterns=FILES, ignore_patterns=NOT_FILES
+            )
     except hub.HFValidationError as error:
         fix = "give a folder or a hub id such as owner/name"
         raise InputError(f"'{repo}' is neither a local folder nor a possible hub id", fix) from error
@@ -59,6 +63,22 @@ def download(repo: str, revision: str | None) -> Path:
     except (hub.HTTPError, OSError) as error:  # type: ignore[attr-defined]
         raise _failure(repo, revision, error) from error
     return Path(folder)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[None]:
+    """huggingface_hub's bars only on a terminal: some of them fill log files too. Its own setting, if any, wins."""
+    from huggingface_hub import constants, utils
+
+    mute = not sys.stderr.isatty() and constants.HF_HUB_DISABLE_PROGRESS_BARS is None
+    mute = mute and not utils.are_progress_bars_disabled()  # type: ignore[attr-defined]
+    if mute:
+        utils.disable_progress_bars()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        if mute:
+            utils.enable_progress_bars()  # type: ignore[attr-defined]
 
 
 def _failure(repo: str, revision: str | None, error: Exception) -> LacksError:

@@ -12,6 +12,7 @@ import errno
 import json
 import math
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,10 +167,11 @@ def _check_layout(path: Path, entries: Mapping[str, TensorEntry], data_start: in
 
 
 class Reader:
-    """Reads parts of tensors with pread; keeps the files open. Use as a context manager."""
+    """Reads parts of tensors with pread; keeps the files open. Threads may share it. Use as a context manager."""
 
     def __init__(self) -> None:
         self._files: dict[Path, int] = {}
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Reader:
         return self
@@ -209,9 +211,10 @@ class Reader:
 
     def descriptor(self, path: Path) -> int:
         """File descriptor of an input file, open until this reader is left."""
-        if path not in self._files:
-            self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        return self._files[path]
+        with self._lock:
+            if path not in self._files:
+                self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            return self._files[path]
 
     def _fill(self, entry: TensorEntry, offset: int, buffer: memoryview) -> None:
         descriptor = self.descriptor(entry.path)

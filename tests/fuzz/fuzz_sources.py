@@ -31,6 +31,9 @@ with atheris.instrument_imports(include=["trtkit", "json"]):
     from trtkit.errors import TrtkitError
     from trtkit.safetensors_io import read_header
 
+    for family in architectures.FAMILIES:  # imported now, or they would not be instrumented
+        architectures.get(family)
+
 FOLDER = Path(os.environ.get("FUZZ_FOLDER", ""))
 HEADER: dict[str, Any] = {"a": {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]}}
 CONFIG: dict[str, Any] = {
@@ -136,7 +139,7 @@ def changed_file(reader: int, data: bytes) -> bytes:
     provider = atheris.FuzzedDataProvider(data)
     value = json.loads(json.dumps(good_file(reader)))
     if reader == 1:
-        value |= ROPES[provider.ConsumeIntInRange(0, len(ROPES) - 1)]
+        value |= json.loads(json.dumps(ROPES[provider.ConsumeIntInRange(0, len(ROPES) - 1)]))
         value["architectures"] = [FAMILIES[provider.ConsumeIntInRange(0, 999) % len(FAMILIES)]]
     for _ in range(provider.ConsumeIntInRange(1, 4)):
         place = value

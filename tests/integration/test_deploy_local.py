@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from trtkit.deploy import launch, local, processes, state
+from trtkit.deploy import launch, local, processes, server, state
 from trtkit.deploy.deployment import Deployment
 from trtkit.errors import CheckFailedError, InputError, LacksError
 
@@ -144,7 +144,7 @@ def test_serves_inside_the_block_and_is_gone_after_it(tmp_path: Path, state_fold
         assert deployment.models == ("double",)
         assert double(deployment, [1, 2, 21]) == [2, 4, 42]
         assert launch.owns_ports(deployment)
-        assert [one.name for one in local.list_deployments()] == [deployment.name]
+        assert state.names() == [deployment.name]
         assert local.status(deployment.name).ready
     assert told
     assert deployment.pid is not None
@@ -174,7 +174,7 @@ def test_up_twice_down_twice_and_a_neighbour(tmp_path: Path, state_folder: Path)
     assert first.http_url in str(refused.value)
     assert first.grpc_url in str(refused.value)
     assert len({*_ports(first), *_ports(second)}) == 6
-    assert [(one.name, one.ready) for one in local.list_deployments()] == [("first", True), ("second", True)]
+    assert [(name, local.status(name).ready) for name in state.names()] == [("first", True), ("second", True)]
 
     assert local.down("first").exit_code == 0
     assert nothing_left(state_folder / "deployments" / "first")
@@ -447,8 +447,16 @@ def test_the_server_sees_no_secrets_and_the_right_python(
     monkeypatch.setenv("MY_LICENCE_TOKEN", "wanted")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     models = repository(tmp_path / "models", ENVIRONMENT, model="environment")
-    options = {"private_backends": private, "pass_environment": ["MY_LICENCE_TOKEN"]}
-    with local.running_server(models, **options) as deployment:
+    install = server._install
+
+    def read_only(source: Path, target: Path) -> None:
+        if not target.is_relative_to(tmp_path):
+            raise PermissionError(13, "Permission denied")
+        install(source, target)
+
+    if private:  # as where site-packages may not be written to; the tests may run as root, whom no permission stops
+        monkeypatch.setattr(server, "_install", read_only)
+    with local.running_server(models, pass_environment=["MY_LICENCE_TOKEN"]) as deployment:
         seen = json.loads((models / "environment" / "environment.json").read_text())
         programs = [Path(f"/proc/{pid}/exe").readlink() for pid in processes.members(deployment.token)]
     assert "leaked" not in json.dumps(seen)

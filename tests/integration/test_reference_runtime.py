@@ -25,7 +25,7 @@ from trtkit.convert.conversion import convert
 from trtkit.deploy.local import running_server
 from trtkit.errors import CheckFailedError
 from trtkit.hf import open_source
-from trtkit.repository import contract, pbtxt
+from trtkit import contract, pbtxt
 from trtkit.repository.models import reference
 
 pytestmark = [pytest.mark.server, pytest.mark.xdist_group("reference_server")]

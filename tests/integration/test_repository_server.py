@@ -32,7 +32,7 @@ from trtkit.deploy import ports
 from trtkit.deploy.command import server_arguments
 from trtkit.deploy.server import environment, find_server, prepared
 from trtkit.findings import has_errors
-from trtkit.repository import contract, pbtxt
+from trtkit import contract, pbtxt
 from trtkit.repository.generate import Files, render_repository, write_repository
 from trtkit.repository.lint import lint_repository
 

@@ -185,10 +185,10 @@ ALLOWED = (
     ),
     *(
         Allowed(
-            f"config {key}", ANY, ABSENT, "left to TRT-LLM's QWenConfig, which is not installed here",
+            f"config {key}", value, ABSENT, "left to TRT-LLM's QWenConfig, which writes this value",
             lambda case: case.family == "qwen",
         )
-        for key in ("qwen_type", "seq_length")
+        for key, value in {"qwen_type": ANY, "seq_length": 8192, "use_logn_attn": False}.items()
     ),
     Allowed(
         "config residual_mlp", ABSENT, False, "a key of TRT-LLM's LLaMAConfig only",
@@ -204,7 +204,27 @@ ALLOWED = (
             f"config {key}", ANY, ABSENT, "left to TRT-LLM's GemmaConfig, which the stand-in does not imitate",
             _needs_stand_in,
         )
-        for key in ("rotary_base", "query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping")
+        for key in ("rotary_base", "query_pre_attn_scalar", "final_logit_softcapping", "sliding_window")
+    ),
+    *(
+        Allowed(
+            f"config {key}", ANY, ABSENT, "as above, Gemma 2's own",
+            lambda case: case.architecture == "Gemma2ForCausalLM",
+        )
+        for key in ("attn_logit_softcapping", "layer_types")
+    ),
+    *(
+        Allowed(
+            f"config {key}", value, ABSENT, "as above, Gemma 3's own; releases differ in how they spell the pattern",
+            lambda case: case.architecture == "Gemma3ForCausalLM",
+        )
+        for key, value in {
+            "rope_local_base_freq": 10000.0, "sliding_window_pattern": 2, "_sliding_window_pattern": 2,
+        }.items()
+    ),
+    Allowed(
+        "config inter_layernorms", ANY, ABSENT, "left to TRT-LLM's GemmaConfig, which is not installed here",
+        lambda case: case.family == "gemma",
     ),
     Allowed(
         "config sliding_window", 4096, ABSENT, "a note for whoever sets max_attention_window_size",

@@ -386,8 +386,12 @@ CORPUS: dict[str, tuple[Break, str]] = {
     "vocab_size of another model": (config(vocab_size=12), r"has shape \[11, 8\], config.json implies \[12, 8\]"),
     "heads do not divide": (config(num_attention_heads=3), r"config.json: hidden_size 8 is no multiple"),
     "key heads do not divide": (config(num_attention_heads=4, num_key_value_heads=3), r"no multiple of num_key_value"),
-    "a billion layers": (config(num_hidden_layers=10**9), r"config.json: num_hidden_layers is 1000000000, the weights"),
-    "layers of 4000 digits": (config(num_hidden_layers=10**4000), r"config.json: num_hidden_layers is 10+\.\.\., the"),
+    "a billion layers": (config(num_hidden_layers=10**9), r"config.json: num_hidden_layers is 1000000000, no model"),
+    "a billion layers of two kinds": (
+        config(architectures=["Gemma3ForCausalLM"], num_hidden_layers=2**63), r"num_hidden_layers is 92|not supported"),
+    "more layers than tensors": (
+        config(num_hidden_layers=99_999), r"config.json: num_hidden_layers is 99999, the weights are 21 tensors"),
+    "layers of 4000 digits": (config(num_hidden_layers=10**4000), r"config.json: num_hidden_layers is 10+\.\.\., no"),
     "layers 0": (config(num_hidden_layers=0), r"config.json: num_hidden_layers is 0"),
     "layers 2.0": (config(num_hidden_layers=2.0), r"config.json: num_hidden_layers is 2.0"),
     "one layer more": (config(num_hidden_layers=3), r"tensor 'model.layers.2.* is missing"),

@@ -150,8 +150,10 @@ def test_mapping_that_does_not_fit(given: Any, message: str, tmp_path: Path) -> 
 
 
 def test_a_billion_layers_are_not_gone_through(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="num_hidden_layers is 1000000000, the ranks hold 3 tensors"):
-        open_checkpoint(write(tmp_path / "checkpoint", {**CONFIG, "num_hidden_layers": 10**9}))
+    with pytest.raises(InputError, match="num_hidden_layers is 1000000000, expected a positive integer up to 100000"):
+        read_checkpoint_config(write(tmp_path / "checkpoint", {**CONFIG, "num_hidden_layers": 10**9}))
+    with pytest.raises(InputError, match="num_hidden_layers is 4, the ranks hold 3 tensors"):
+        open_checkpoint(write(tmp_path / "checkpoint", {**CONFIG, "num_hidden_layers": 4}))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, '{"vocab_size": NaN}', "\ufeff{}"])

@@ -82,7 +82,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Stacked:
-    """Another layout that a family's weights come in: all experts of a layer in one tensor (transformers 5 can save so).
+    """Another layout of a family's weights: all experts of a layer in one tensor (transformers 5 can save so).
 
     Attributes:
         pattern: regular expression of such a tensor's name, whose axis 0 are the experts.
@@ -145,9 +145,19 @@ def sizes(config: Config) -> dict[str, int]:
     }
 
 
-def replicated(name: str, source: str, *shape: Extent, stage: Stage = "layers", plus: float = 0, **options: Any) -> Weight:
+def replicated(
+    name: str, source: str, *shape: Extent, stage: Stage = "layers", plus: float = 0, **options: Any
+) -> Weight:
     """A tensor that every rank holds whole, such as a norm or a row-parallel bias."""
     return Weight(name, (Part(source, shape, "replicate", plus=plus),), stage, **options)
+
+
+def layer_norm(name: str, source: str, **options: Any) -> tuple[Weight, Weight]:
+    """Weight and bias of a norm over the hidden size, which every rank holds whole."""
+    return (
+        replicated(f"{name}.weight", f"{source}.weight", "hidden", **options),
+        replicated(f"{name}.bias", f"{source}.bias", "hidden", **options),
+    )
 
 
 def column(name: str, source: str, *shape: Extent, transposed: bool = False, **options: Any) -> Weight:
@@ -158,6 +168,14 @@ def column(name: str, source: str, *shape: Extent, transposed: bool = False, **o
 def row(name: str, source: str, *shape: Extent, transposed: bool = False, **options: Any) -> Weight:
     """A row-parallel linear's weight `(out, in)`: split along axis 1."""
     return Weight(name, (Part(source, shape, "axis1", transposed=transposed),), **options)
+
+
+def joined_columns(name: str, sources: tuple[str, ...], *shape: Extent, **options: Any) -> Weight:
+    """Several column-parallel linears of one shape as one tensor, each split before they are joined.
+
+    TRT-LLM's fused gated MLPs, of experts above all, hold `[up; gate]`.
+    """
+    return Weight(name, tuple(Part(source, shape, "axis0") for source in sources), **options)
 
 
 def separate_qkv(name: str, query: str, key: str, value: str, *rest: Extent, **options: Any) -> Weight:

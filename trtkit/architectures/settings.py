@@ -87,6 +87,15 @@ def _number(hf: Config, key: str, default: float | None, kinds: tuple[type, ...]
     raise unexpected(key, value, wanted)
 
 
+def respelled(hf: Config, **names: tuple[str, ...]) -> dict[str, Any]:
+    """A Hugging Face config in which each key has the value of the first of its names that says something.
+
+    Some config classes read a size under several names: `respelled(hf, hidden_size=("n_embed", "hidden_size"))`.
+    """
+    found = {key: next((hf[name] for name in of if hf.get(name) is not None), None) for key, of in names.items()}
+    return {**hf, **{key: value for key, value in found.items() if value is not None}}
+
+
 def decoder_config(
     hf: Config,
     *,
@@ -134,10 +143,64 @@ def rope_config(hf: Config) -> dict[str, Any]:
         raise InputError(
             f"config.json: rope type {scaling['rope_type']!r} is not one that TRT-LLM runs", f"known: {known}"
         )
+    if scaling is not None and scaling["rope_type"] == "yarn":
+        scaling = _yarn(scaling)
     return {
         "position_embedding_type": "rope_gpt_neox",
         "rotary_base": number(hf, "rope_theta"),
         "rotary_scaling": scaling,
+    }
+
+
+def experts_config(hf: Config, *, renormalize: bool) -> dict[str, Any]:
+    """`moe` of the checkpoint config (tensorrt_llm/layers/moe.py, MoeConfig, which refuses other keys).
+
+    Args:
+        renormalize: whether the weights of the experts that a token is sent to add up to 1. TRT-LLM's mode 1 takes the
+            softmax over those only, which is the same as dividing the softmax over all by their sum.
+
+    Raises:
+        InputError: fewer experts than TRT-LLM takes for a mixture, or than a token is sent to.
+    """
+    experts, chosen = integer(hf, "num_local_experts"), integer(hf, "num_experts_per_tok")
+    if experts < 2:
+        raise InputError("config.json: TRT-LLM runs no mixture of 1 expert", "use a model with more experts")
+    if chosen > experts:
+        raise InputError(
+            f"config.json: num_experts_per_tok {chosen} is more than the {experts} experts", "download the file again"
+        )
+    return {"num_experts": experts, "top_k": chosen, "normalization_mode": 1 if renormalize else 0}
+
+
+def _yarn(scaling: Config) -> dict[str, Any]:
+    """YaRN with everything written out: where nothing is said, TRT-LLM and transformers take different values.
+
+    Both multiply sine and cosine by `(0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1)`, transformers
+    only if both are given, else by `0.1 ln(factor) + 1` (tensorrt_llm/functional.py, create_sinusoidal_positions_yarn;
+    transformers, modeling_rope_utils.py).
+    """
+    factor, mscale, mscale_all_dim = scaling["factor"], scaling.get("mscale"), scaling.get("mscale_all_dim")
+    if not (mscale and mscale_all_dim):
+        mscale, mscale_all_dim = 1.0, 0.0
+    growth = 0.1 * math.log(factor) if factor > 1 else 0.0
+    computed = (growth * mscale + 1) / (growth * mscale_all_dim + 1)
+    wanted = scaling.get("attention_factor")
+    if wanted is not None and not math.isclose(wanted, computed, rel_tol=1e-6):
+        raise InputError(
+            f"config.json: TRT-LLM does not read YaRN's attention_factor {wanted}, it would take {computed:.6g}",
+            "leave it out if the model works without, or use another runtime",
+        )
+    if scaling.get("truncate") is False:
+        raise InputError("config.json: TRT-LLM does not run YaRN with truncate False", "use another runtime")
+    return {
+        "type": "yarn",
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": scaling["original_max_position_embeddings"],
+        "beta_fast": scaling.get("beta_fast") or 32.0,
+        "beta_slow": scaling.get("beta_slow") or 1.0,
+        "mscale": mscale,
+        "mscale_all_dim": mscale_all_dim,
     }
 
 

@@ -42,8 +42,7 @@ class _LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            # A reader that has seen enough (`| head`) is no failure. What is still buffered goes nowhere, silently.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _silence_stdout()  # a reader that has seen enough (`| head`) is no failure
             ctx.exit(0)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -66,9 +65,9 @@ class _LazyGroup(click.Group):
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="trtkit")
-@click.option("--debug", is_flag=True, help="Show tracebacks and debug logs.")
-@click.pass_context
-def group(ctx: click.Context, debug: bool) -> None:
+@click.option("--debug", is_flag=True, help="Show the traceback of an error, before its cause and fix.")
+@click.pass_obj
+def group(run: dict[str, bool] | None, debug: bool) -> None:
     """From a Hugging Face checkpoint to a served, validated, load-tested Triton deployment.
 
     \b
@@ -76,11 +75,13 @@ def group(ctx: click.Context, debug: bool) -> None:
       trtkit demo
       trtkit convert ./Llama-3.1-8B ./checkpoint --tp 2
 
-    Results go to stdout (tables, or JSON with --json), progress and logs to stderr.
+    Results go to stdout (tables, or JSON with --json), progress and logs to stderr. A command that fails with --json
+    before it has a result prints {"error": {"cause", "fix", "exit_code"}} there.
     Exit codes: 0 done, 1 a check failed, 2 wrong usage or config, 3 the environment lacks something,
     130 interrupted. Shell completion: eval "$(_TRTKIT_COMPLETE=bash_source trtkit)" (or zsh_source, fish_source).
     """
-    ctx.obj = {"debug": debug}
+    if run is not None:
+        run["debug"] = debug
 
 
 def main(args: list[str] | None = None) -> None:
@@ -89,22 +90,29 @@ def main(args: list[str] | None = None) -> None:
     for name in ("stdout", "stderr"):  # None when the caller closed them
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - as long as the process
-    debug = "--debug" in (sys.argv[1:] if args is None else args)
+    run = {"debug": False, "answered": False}
+    failure: tuple[str, str] | None = None
     try:
-        result = group.main(args=args, standalone_mode=False)
+        result = group.main(args=args, standalone_mode=False, obj=run)
         code = result if isinstance(result, int) else 0
     except click.exceptions.Exit as stop:
         code = stop.exit_code
     except click.ClickException as error:
         error.show()
-        code = 2
+        failure, code = (error.format_message(), "see --help"), 2
     except (KeyboardInterrupt, click.exceptions.Abort):
         click.echo("interrupted", err=True)
-        code = 130
+        failure, code = ("interrupted", ""), 130
     except Exception as error:
-        if debug:
-            raise
-        code = _report(error)
+        if run["debug"]:
+            import traceback
+
+            traceback.print_exc()
+        cause, fix, code = _explained(error)
+        _print_error(cause, fix)
+        failure = cause, fix
+    if failure is not None and not run["answered"] and _wants_json(sys.argv[1:] if args is None else args):
+        _answer(*failure, code)
     sys.exit(code)
 
 
@@ -112,22 +120,43 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _report(error: Exception) -> int:
+def _explained(error: Exception) -> tuple[str, str, int]:
+    """Cause, fix and exit code of an error."""
     from trtkit.errors import TrtkitError
 
     if isinstance(error, TrtkitError):
-        cause, fix, code = error.cause, error.fix, error.exit_code
-    elif isinstance(error, OSError):
+        return error.cause, error.fix, error.exit_code
+    if isinstance(error, OSError):
         import errno
 
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        cause, code = str(error), 3
-        fix = "free disk space and run again" if full else "check the path and its permissions"
-    else:
-        cause = f"unexpected {type(error).__name__}: {error}"
-        fix, code = "this is a bug in trtkit: please report it with the output of `trtkit --debug ...`", 1
+        return str(error), "free disk space and run again" if full else "check the path and its permissions", 3
+    fix = "this is a bug in trtkit: please report it with the output of `trtkit --debug ...`"
+    return f"unexpected {type(error).__name__}: {error}", fix, 1
+
+
+def _print_error(cause: str, fix: str) -> None:
     for line in cause.splitlines():
         click.secho(f"error: {line}", fg="red", err=True)
     if fix:
         click.echo(f"  fix: {fix}", err=True)
-    return code
+
+
+def _wants_json(args: list[str]) -> bool:
+    """Whether the command line has --json; looked for in its words, since a wrong one cannot be parsed."""
+    return "--json" in (args[: args.index("--")] if "--" in args else args)
+
+
+def _answer(cause: str, fix: str, code: int) -> None:
+    """The failure as JSON, for programs. A standard output that takes nothing more changes nothing."""
+    import json
+
+    try:
+        click.echo(json.dumps({"error": {"cause": cause, "fix": fix, "exit_code": code}}, ensure_ascii=False))
+    except OSError:
+        _silence_stdout()
+
+
+def _silence_stdout() -> None:
+    """What is still buffered goes nowhere, instead of failing again when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -12,13 +12,18 @@ import click
 
 if TYPE_CHECKING:
     from trtkit.findings import Finding
+    from trtkit.hf import Source
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Print what would be done and change nothing.")
 
 
 def print_json(data: Any) -> None:
+    """The result as JSON on stdout. When the command fails after it, the result stays the only document there."""
     click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+    context = click.get_current_context(silent=True)
+    if context is not None and isinstance(context.obj, dict):  # made by `trtkit.cli.main`
+        context.obj["answered"] = True
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None) -> None:
@@ -72,3 +77,16 @@ def progress(label: str, unit: str = "bytes") -> Iterator[Callable[[int, int], N
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def open_source(source: str, revision: str | None = None) -> Source:
+    """`hf.open_source`, with a progress bar where something is downloaded from a bucket (the hub's library has its own).
+
+    Raises: what `hf.open_source` raises.
+    """
+    from trtkit import hf, remote
+
+    if not remote.is_remote(source):
+        return hf.open_source(source, revision=revision)
+    with progress(f"downloading {remote.parse(source).url}") as update:
+        return hf.open_source(source, revision=revision, on_progress=update)

@@ -8,10 +8,25 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from trtkit.cli._common import dry_run_option, json_option, note, print_json, print_table, progress
+from trtkit.cli._common import dry_run_option, json_option, note, open_source, print_json, print_table, progress
 
 if TYPE_CHECKING:
+    from trtkit.convert.conversion import Conversion
     from trtkit.convert.plan import Plan
+
+
+def _list_families(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if not value or context.resilient_parsing:
+        return
+    from trtkit import architectures
+
+    rows = []
+    for name in architectures.FAMILIES:
+        family = architectures.get(name)
+        sizes = ["TP", *(["PP"] if family.pipeline else []), *(["EP"] if family.has_experts else [])]
+        rows.append((name, " ".join(sizes), family.notes))
+    print_table(["architecture", "parallel", "notes"], rows)
+    context.exit()
 
 
 @click.command("convert")
@@ -20,12 +35,20 @@ if TYPE_CHECKING:
 @click.option("--tp", default=1, show_default=True, type=click.IntRange(1, 64), help="Tensor-parallel size.")
 @click.option("--pp", default=1, show_default=True, type=click.IntRange(1, 64), help="Pipeline-parallel size.")
 @click.option(
+    "--ep",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1, 64),
+    help="Expert-parallel size, a divisor of --tp: groups of ranks that share the experts among them.",
+)
+@click.option(
     "--dtype",
     default="auto",
     show_default=True,
     type=click.Choice(["auto", "float16", "bfloat16", "float32"]),
     help="Dtype of the checkpoint; auto keeps the source's, with float32 becoming float16.",
 )
+@click.option("--saturate", is_flag=True, help="Clip values beyond the range of the dtype instead of stopping.")
 @click.option(
     "--parallel-embedding",
     default="none",
@@ -35,6 +58,21 @@ if TYPE_CHECKING:
 )
 @click.option("--revision", help="Commit, tag or branch of a hub id.")
 @click.option("--force", is_flag=True, help="Replace OUT if it is an earlier checkpoint.")
+@click.option("--no-checksum", is_flag=True, help="Leave out checksums, and the search for NaN and infinity.")
+@click.option("--no-sync", is_flag=True, help="Do not wait for the disk: a loss of power may damage OUT.")
+@click.option(
+    "--ray",
+    metavar="ADDRESS",
+    help="Spread the ranks over the nodes of this Ray cluster, which must share SOURCE and OUT (auto: the local one).",
+)
+@click.option(
+    "--list",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_list_families,
+    help="Print the supported architectures and exit.",
+)
 @dry_run_option
 @json_option
 def command(
@@ -42,56 +80,85 @@ def command(
     out: Path,
     tp: int,
     pp: int,
+    ep: int,
     dtype: Literal["auto", "float16", "bfloat16", "float32"],
+    saturate: bool,
     parallel_embedding: Literal["none", "vocab", "hidden"],
     revision: str | None,
     force: bool,
+    no_checksum: bool,
+    no_sync: bool,
+    ray: str | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Convert SOURCE (a folder or a hub id) to a TRT-LLM checkpoint in OUT.
+    """Convert SOURCE (a folder, a hub id, s3://... or gs://...) to a TRT-LLM checkpoint in OUT.
 
-    Needs no GPU, no TensorRT-LLM and no torch. OUT appears whole or not at all.
+    Needs no GPU, no TensorRT-LLM and no torch. OUT appears whole or not at all; after an interruption the same command
+    goes on where it stopped.
 
     \b
     Example:
       trtkit convert examples/tiny-llama /tmp/checkpoint --tp 2 --dtype float16
       trtkit convert meta-llama/Llama-3.1-8B ./checkpoint --revision main --tp 2 --pp 2
-      trtkit convert ./Mistral-7B ./checkpoint --tp 4 --dry-run
+      trtkit convert ./Mixtral-8x7B ./checkpoint --tp 4 --ep 2 --dry-run
     """
-    from trtkit import hf
-    from trtkit.config import CheckpointConfig
-    from trtkit.convert.source import plan_conversion
-    from trtkit.convert.conversion import check_target, convert
+    from trtkit.convert.conversion import Options, check_target, convert, write_here
+    from trtkit.convert.source import Layout, plan_conversion
 
-    opened = hf.open_source(source, revision=revision)
-    plan = plan_conversion(opened, CheckpointConfig(tp=tp, pp=pp, dtype=dtype, parallel_embedding=parallel_embedding))
+    opened = open_source(source, revision)
+    layout = Layout(tp=tp, pp=pp, ep=ep, dtype=dtype, parallel_embedding=parallel_embedding)
+    plan = plan_conversion(opened, layout)
     check_target(out, opened, replace=force)
     summary = _summary(plan, opened.nbytes, out)
     if dry_run:
         _print(summary, plan, as_json)
         return
+    write = write_here
+    if ray is not None:
+        from trtkit.convert.cluster import over_ray
+
+        write = over_ray(ray)
+    options = Options(checksum=not no_checksum, saturate=saturate, sync=not no_sync)
     started = time.monotonic()
-    with progress(f"converting {opened.path.name} to {plan.config['dtype']}, TP {tp} x PP {pp}") as update:
-        report = convert(plan, opened, out, replace=force, on_progress=update)
+    with progress(f"converting {opened.path.name} to {plan.config['dtype']}, {_layout(summary)}") as update:
+        found = convert(plan, opened, out, options=options, replace=force, on_progress=update, write=write)
     summary["seconds"] = round(time.monotonic() - started, 3)
-    summary |= {"rounded": report.rounded, "flushed_to_zero": report.flushed}
-    _print(summary, plan, as_json)
-    if report.flushed and not as_json:
-        note(f"warning: {report.flushed} tiny values became zero in {plan.config['dtype']}")
+    _print(summary | _account(found), plan, as_json)
+    if not as_json:
+        _print_warnings(found, plan.config["dtype"])
 
 
 def _summary(plan: Plan, source_bytes: int, out: Path) -> dict[str, Any]:
+    mapping = plan.config["mapping"]
     return {
         "out": str(out),
         "architecture": plan.config["architecture"],
         "dtype": plan.config["dtype"],
-        "tp": plan.config["mapping"]["tp_size"],
-        "pp": plan.config["mapping"]["pp_size"],
+        "tp": mapping["tp_size"],
+        "pp": mapping["pp_size"],
+        "ep": mapping.get("moe_ep_size", 1),
         "source_tensors": len(plan.sources),
         "source_bytes": source_bytes,
         "rank_bytes": [plan.rank_bytes(rank) for rank in range(len(plan.ranks))],
     }
+
+
+def _account(found: Conversion) -> dict[str, Any]:
+    return {
+        "resumed_bytes": found.resumed_bytes,
+        "rounded": found.report.rounded,
+        "flushed_to_zero": found.report.flushed,
+        "saturated": found.report.saturated,
+        "non_finite": [
+            {"tensor": each.tensor, "index": list(each.index), "value": each.value} for each in found.non_finite
+        ],
+    }
+
+
+def _layout(summary: dict[str, Any]) -> str:
+    experts = f" x EP {summary['ep']}" if summary["ep"] > 1 else ""
+    return f"TP {summary['tp']} x PP {summary['pp']}{experts}"
 
 
 def _print(summary: dict[str, Any], plan: Plan, as_json: bool) -> None:
@@ -101,5 +168,16 @@ def _print(summary: dict[str, Any], plan: Plan, as_json: bool) -> None:
         print_json(summary)
         return
     rows = [(rank_file(rank), len(plan.ranks[rank]), f"{size:,}") for rank, size in enumerate(summary["rank_bytes"])]
-    title = f"{summary['architecture']} {summary['dtype']} TP {summary['tp']} x PP {summary['pp']} -> {summary['out']}"
+    title = f"{summary['architecture']} {summary['dtype']} {_layout(summary)} -> {summary['out']}"
     print_table(["file", "tensors", "bytes"], rows, title)
+
+
+def _print_warnings(found: Conversion, dtype: str) -> None:
+    if found.report.flushed:
+        note(f"warning: {found.report.flushed:,} tiny values became zero in {dtype}")
+    if found.report.saturated:
+        note(f"warning: {found.report.saturated:,} values beyond the range of {dtype} became its largest value")
+    for each in found.non_finite[:10]:
+        note(f"warning: source tensor '{each.tensor}' holds {each.value} at {list(each.index)}")
+    if len(found.non_finite) > 10:
+        note(f"warning: and {len(found.non_finite) - 10} more tensors with NaN or infinity (--json lists all)")

@@ -1,10 +1,4 @@
-"""`trtkit deploy`: start, watch and stop Triton on this machine or in Docker.
-
-Example:
-  trtkit deploy up build_configs/tiny-llama.yaml --repository ./models
-  trtkit deploy status
-  trtkit deploy down tiny-llama
-"""
+"""`trtkit deploy`: start, watch and stop Triton on this machine or in Docker."""
 
 from __future__ import annotations
 

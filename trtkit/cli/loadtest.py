@@ -1,10 +1,4 @@
-"""Measure latency and throughput of a served model.
-
-\b
-Example:
-  trtkit loadtest build_configs/tiny-llama.yaml --scenario closed --scenario open --output report.html
-  trtkit loadtest --url grpc://127.0.0.1:8001 --rate 20 --duration 60 --prompt "def main("
-"""
+"""`trtkit loadtest`: measure latency and throughput of a served model."""
 
 from __future__ import annotations
 
@@ -14,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trtkit.cli._common import json_option, note, print_findings, print_json, print_table
-from trtkit.errors import CheckFailedError, InputError, LacksError, TrtkitError
+from trtkit.errors import CheckFailedError, InputError, TrtkitError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,7 +73,7 @@ def command(
       trtkit loadtest build_configs/tiny-llama.yaml --scenario closed --scenario open --output report.html
       trtkit loadtest --url grpc://127.0.0.1:8001 --rate 20 --duration 60 --prompt "def main("
 
-    Without --url the server is the running local deployment that CONFIG names. Options override the scenario's keys.
+    Without --url the server is the running deployment that CONFIG names. Options override the scenario's keys.
     A closed loop (--concurrency) keeps requests in flight; an open loop (--rate) sends on schedule and measures from
     when a request was due, so that a stall of the server is not left out. Ctrl-C shows what was measured so far.
     Exits with 0 when some requests failed (a warning on stderr tells how many), with 1 when none succeeded or the
@@ -185,21 +179,12 @@ def _changed(scenario: Scenario, changes: dict[str, Any]) -> Scenario:
 
 
 def _deployed_url(config: BuildConfig | None, scenario: Scenario) -> str:
-    """The url of the local deployment that the config names."""
+    """The url of the deployment that the config names."""
     if config is None:
         raise InputError("no server to test", "give --url, or a build config whose deployment runs")
-    from trtkit.deploy.local import status
+    from trtkit.deploy.deployment import running
 
-    stopped = LacksError(
-        f"no deployment '{config.name}' is running", "start it with `trtkit deploy up`, or name a server with --url"
-    )
-    try:
-        deployment = status(config.name)
-    except InputError:  # never deployed
-        raise stopped from None
-    if not deployment.running:
-        raise stopped
-    return f"grpc://{deployment.grpc_url}" if scenario.protocol == "grpc" else deployment.http_url
+    return running(config.name).url(scenario.protocol)
 
 
 def _run(

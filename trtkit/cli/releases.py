@@ -1,9 +1,4 @@
-"""`trtkit releases`: which container, TensorRT-LLM, TensorRT, CUDA and driver go together.
-
-Example:
-  trtkit releases
-  trtkit releases 26.07 --json
-"""
+"""`trtkit releases`: which container, TensorRT-LLM, TensorRT, CUDA and driver go together."""
 
 from __future__ import annotations
 

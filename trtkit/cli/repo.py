@@ -1,9 +1,4 @@
-"""`trtkit repo`: generate and lint model repositories.
-
-Example:
-  trtkit repo generate build_configs/tiny-llama.yaml --checkpoint ./checkpoint -o ./models
-  trtkit repo lint ./models
-"""
+"""`trtkit repo`: generate and lint model repositories."""
 
 from __future__ import annotations
 
@@ -39,6 +34,7 @@ def command() -> None:
     help="TRT-LLM checkpoint, for runtime 'reference'; by default from the artifact store.",
 )
 @click.option("--engine", type=_folder, help="Engine, for runtime 'tensorrtllm'; by default from the artifact store.")
+@click.option("--store", "root", type=_folder, help="Artifact store [default: $TRTKIT_STORE].")
 @click.option("--tokenizer", type=_folder, help="Folder with tokenizer.json; by default model.source of CONFIG.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The repository to write.")
 @click.option(
@@ -54,6 +50,7 @@ def generate(
     config_file: Path,
     checkpoint: Path | None,
     engine: Path | None,
+    root: Path | None,
     tokenizer: Path | None,
     output: Path,
     model_path_in_container: str | None,
@@ -64,25 +61,31 @@ def generate(
 ) -> None:
     """Write the model repository that CONFIG describes.
 
-    The checkpoint or engine is the one that `trtkit build` made of CONFIG, unless a folder is given. A folder that
-    trtkit generated earlier is replaced as a whole; any other folder is left alone without --force.
+    The checkpoint or engine is the one that `trtkit build` made of CONFIG in the same store, unless a folder is given.
+    A folder that trtkit generated earlier is replaced as a whole; any other folder is left alone without --force.
 
     \b
     Example:
       trtkit repo generate build_configs/tiny-llama.yaml -o ./models
       trtkit repo generate llama.yaml --engine ./engine -o ./models --model-path-in-container /models/engine
     """
+    from trtkit.checkpoint import read_checkpoint_config
     from trtkit.config_file import load_config
+    from trtkit.engine_files import read_engine_config
     from trtkit.repository.generate import check_replaceable, render_repository, write_repository
 
     config = load_config(config_file)
+    if checkpoint is not None:
+        read_checkpoint_config(checkpoint)
+    if engine is not None:
+        read_engine_config(engine)
     if checkpoint is None and engine is None and model_path_in_container is None:
-        checkpoint, engine = _built(config)
+        checkpoint, engine = _built(config, root)
     files = render_repository(
         config,
         tokenizer_dir=tokenizer or _tokenizer_of(config),
-        checkpoint_dir=_with_config(checkpoint, "checkpoint"),
-        engine_dir=_with_config(engine, "engine"),
+        checkpoint_dir=checkpoint,
+        engine_dir=engine,
         model_path_in_container=model_path_in_container,
         logits_dtype=logits_dtype,
     )
@@ -132,12 +135,12 @@ def lint(path: Path | None, rules: bool, as_json: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
-def _built(config: BuildConfig) -> tuple[Path, Path | None]:
-    """What `trtkit build` made of this config."""
+def _built(config: BuildConfig, root: Path | None) -> tuple[Path, Path | None]:
+    """What `trtkit build` made of this config, in the store at `root` or the default one."""
     from trtkit.build import find
     from trtkit.store import ArtifactStore, default_root
 
-    built = find(config, ArtifactStore(default_root()))
+    built = find(config, ArtifactStore(root or default_root()))
     return built.checkpoint_dir, built.engine_dir
 
 
@@ -147,14 +150,3 @@ def _tokenizer_of(config: BuildConfig) -> Path:
 
     source = Path(config.model.source)
     return source if source.is_dir() else open_source(config.model.source, revision=config.model.revision).path
-
-
-def _with_config(folder: Path | None, kind: str) -> Path | None:
-    from trtkit.errors import InputError
-
-    if folder is not None and not (folder / "config.json").is_file():
-        raise InputError(
-            f"{folder} is not {'an engine' if kind == 'engine' else 'a checkpoint'}: config.json is missing",
-            "build it first",
-        )
-    return folder

@@ -1,9 +1,4 @@
-"""`trtkit validate`: check a served model against its contract and its source.
-
-Example:
-  trtkit validate build_configs/tiny-llama.yaml
-  trtkit validate --url grpc://127.0.0.1:8001 --source ./Llama-3.1-8B
-"""
+"""`trtkit validate`: check a served model against its contract and its source."""
 
 from __future__ import annotations
 
@@ -43,16 +38,10 @@ _names = click.Choice(["contract", "parity", "text", "streaming", "cancellation"
 def command(
     config_file: Path | None,
     urls: tuple[str, ...],
-    protocol: str | None,
-    model: str,
-    engine: str,
-    source: Path | None,
-    prompts: tuple[str, ...],
-    max_tokens: int | None,
     only: tuple[str, ...],
     skip: tuple[str, ...],
-    timeout_s: float,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Check a served model against its contract and its source.
 
@@ -77,41 +66,38 @@ def command(
     import asyncio
 
     from trtkit.config_file import load_config
-    from trtkit.errors import CheckFailedError, InputError
-    from trtkit.hf import open_source
+    from trtkit.errors import InputError
     from trtkit.validate.run import choose, run_checks
 
     if config_file is None and not urls:
         raise InputError("nothing to check", "give a build config, or --url URL")
     names = choose(only, skip)
     config = load_config(config_file) if config_file else None
-    if config and source is None and {"parity", "text"} & set(names):
-        # A hub id too: the build has left it in the local cache.
-        source = open_source(config.model.source, revision=config.model.revision).path
-    options = {"model": model, "engine": engine, "timeout_s": timeout_s}
-    subject = _subject(config, source, options, prompts, max_tokens)
+    protocol = options.pop("protocol")
+    subject = _subject(config, names, **options)
     reached = list(urls) or _deployed(config.name if config else "")
-    results = asyncio.run(
-        run_checks(
-            reached,
-            subject,
-            protocol=protocol,  # type: ignore[arg-type]  # click.Choice has checked it
-            only=only,
-            skip=skip,
-            on_progress=lambda name: note(f"checking {name} ..."),
-        )
-    )
-    failed = [result.name for result in results if not result.passed]
+    checks = run_checks(reached, subject, protocol=protocol, only=only, skip=skip, on_progress=_tell)
+    results = asyncio.run(checks)
     not_run = [result for result in results if result.outcome == "skipped" and result.name in only]
     if as_json:
-        passed = not failed and not not_run
+        passed = not not_run and all(result.passed for result in results)
         print_json({"urls": reached, "passed": passed, "checks": [result.to_dict() for result in results]})
     else:
         _print(results)
-    if failed:
-        raise CheckFailedError(
-            f"{len(failed)} of {len(results)} checks failed: {', '.join(failed)}", "see each finding's fix"
-        )
+    _judge(results, not_run)
+
+
+def _tell(name: str) -> None:
+    note(f"checking {name} ...")
+
+
+def _judge(results: Sequence[CheckResult], not_run: Sequence[CheckResult]) -> None:
+    """Raises what the command's exit code comes from, unless all is well."""
+    from trtkit.errors import CheckFailedError, InputError
+
+    if failed := [result.name for result in results if not result.passed]:
+        cause = f"{len(failed)} of {len(results)} checks failed: {', '.join(failed)}"
+        raise CheckFailedError(cause, "see each finding's fix")
     if not_run:
         cause = f"check '{not_run[0].name}' was asked for and cannot run: {not_run[0].detail}"
         raise InputError(cause, f"leave out --only {not_run[0].name}, or change what is in its way")
@@ -119,18 +105,25 @@ def command(
 
 def _subject(
     config: BuildConfig | None,
+    names: Sequence[str],
+    *,
     source: Path | None,
-    options: dict[str, Any],
     prompts: Sequence[str],
     max_tokens: int | None,
+    **options: Any,
 ) -> Subject:
+    """What is to be checked; `names` are the checks, of which some need the source."""
     from dataclasses import replace
 
+    from trtkit.hf import open_source
     from trtkit.validate.results import Subject
     from trtkit.validate.run import checkpoint_dtype, subject_of
     from trtkit.validate.source import position_limit
 
     if config is not None:
+        if source is None and {"parity", "text"} & set(names):
+            # A hub id too: the build has left it in the local cache.
+            source = open_source(config.model.source, revision=config.model.revision).path
         subject = subject_of(config, source=source, **options)
     else:
         limit = position_limit(source) if source else None
@@ -145,17 +138,10 @@ def _subject(
 
 def _deployed(name: str) -> list[str]:
     """Both urls of a running deployment."""
-    from trtkit.deploy import state
-    from trtkit.deploy.deployment import from_record
-    from trtkit.errors import LacksError
+    from trtkit.deploy.deployment import running
 
-    record = state.read(state.folder_of(name))
-    if record is None or not from_record(record).running:
-        raise LacksError(
-            f"no deployment '{name}' is running", "start it with `trtkit deploy up`, or name a server with --url"
-        )
-    deployment = from_record(record)
-    return [f"grpc://{deployment.grpc_url}", deployment.http_url]
+    deployment = running(name)
+    return [deployment.url("grpc"), deployment.url("http")]
 
 
 def _print(results: Sequence[CheckResult]) -> None:

@@ -12,11 +12,11 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trtkit.client import api, tensors
-from trtkit.client.api import Chunk, Completion, GenerateRequest, ProtocolName
+from trtkit.client.api import ProtocolName
+from trtkit.client.base import Client
 from trtkit.errors import TrtkitError
 
 if TYPE_CHECKING:
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 T = TypeVar("T")
-
-_TEXT_OUTPUTS = ("text_output",)
-_TOKEN_OUTPUTS = ("output_ids", "sequence_length")
 
 _END_S = 2.0
 
@@ -41,83 +38,24 @@ _OPTIONS = [
 ]
 
 
-class GrpcClient:
+class GrpcClient(Client[Any]):
     """`LLMClient` over gRPC. Made by `connect`."""
 
     protocol: ProtocolName = "grpc"
 
     def __init__(self, address: str, *, model: str = api.ENSEMBLE, tls: bool = False) -> None:
-        self.url = f"grpc{'s' if tls else ''}://{address}"
-        self.model = model
+        super().__init__(f"grpc{'s' if tls else ''}://{address}", model)
         self._address = address
         self._tls = tls
         self._channel: grpc.aio.Channel | None = None
         self._stub: Any = None
-        self._decoupled: dict[str, bool] = {}
-
-    async def generate(self, request: GenerateRequest, *, timeout_s: float = 120.0) -> Completion:
-        request_id = api.new_request_id(request.request_id)
-        message = _request(self.model, tensors.ensemble_inputs(request, stream=False), request_id, _TEXT_OUTPUTS)
-        pieces = [_text(response) async for response in self._responses(message, timeout_s)]
-        if not pieces:  # an ensemble does this to a request that lacks a required input
-            raise api.ServerError("the answer ended before it began", model=self.model)
-        return Completion("".join(pieces), request_id)
-
-    async def stream(self, request: GenerateRequest, *, timeout_s: float = 120.0) -> AsyncGenerator[Chunk, None]:
-        if not await self._is_decoupled(self.model, timeout_s):
-            raise api.not_decoupled(self.model)
-        inputs = tensors.ensemble_inputs(request, stream=True)
-        message = _request(self.model, inputs, api.new_request_id(request.request_id), _TEXT_OUTPUTS)
-        responses = self._responses(message, timeout_s)
-        try:
-            async for response in responses:
-                yield Chunk(text=_text(response), received_ns=time.perf_counter_ns())
-        finally:
-            await responses.aclose()
-
-    async def generate_tokens(
-        self,
-        input_ids: Sequence[int],
-        max_tokens: int,
-        *,
-        end_id: int | None = None,
-        top_k: int | None = 1,
-        model: str = api.ENGINE,
-        timeout_s: float = 120.0,
-    ) -> list[int]:
-        inputs = tensors.engine_inputs(input_ids, max_tokens, end_id=end_id, top_k=top_k, stream=False)
-        message = _request(model, inputs, api.new_request_id(), _TOKEN_OUTPUTS)
-        found: list[int] = []
-        async for response in self._responses(message, timeout_s):
-            found += _tokens(response, input_ids, max_tokens)
-        return found
-
-    async def stream_tokens(
-        self,
-        input_ids: Sequence[int],
-        max_tokens: int,
-        *,
-        end_id: int | None = None,
-        top_k: int | None = 1,
-        model: str = api.ENGINE,
-        timeout_s: float = 120.0,
-    ) -> AsyncGenerator[list[int], None]:
-        if not await self._is_decoupled(model, timeout_s):
-            raise api.not_decoupled(model)
-        inputs = tensors.engine_inputs(input_ids, max_tokens, end_id=end_id, top_k=top_k, stream=True)
-        message = _request(model, inputs, api.new_request_id(), _TOKEN_OUTPUTS)
-        responses = self._responses(message, timeout_s)
-        try:
-            async for response in responses:
-                yield _tokens(response, input_ids, max_tokens)
-        finally:
-            await responses.aclose()
 
     async def infer(
         self, model: str, inputs: Sequence[tensors.Tensor], *, request_id: str = "", timeout_s: float = 120.0
     ) -> list[dict[str, npt.NDArray[np.generic]]]:
-        message = _request(model, inputs, api.new_request_id(request_id))
-        return [_outputs(response) async for response in self._responses(message, timeout_s)]
+        stream = await self._is_decoupled(model, timeout_s)
+        responses = self._responses(model, inputs, api.new_request_id(request_id), (), timeout_s, stream=stream)
+        return [_outputs(response) async for _, response in responses]
 
     async def is_live(self, *, timeout_s: float = 10.0) -> bool:
         from tritonclient.grpc import service_pb2
@@ -169,14 +107,6 @@ class GrpcClient:
         if channel is not None:
             await channel.close()
 
-    async def __aenter__(self) -> GrpcClient:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
     def _connected(self) -> Any:
         """The stub; made on first use, since a channel belongs to the running event loop."""
         if self._stub is None:
@@ -190,27 +120,48 @@ class GrpcClient:
             self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         return self._stub
 
-    async def _is_decoupled(self, model: str, timeout_s: float) -> bool:
-        if model not in self._decoupled:
-            config = await self.model_config(model, timeout_s=timeout_s)
-            self._decoupled[model] = bool(config.get("model_transaction_policy", {}).get("decoupled", False))
-        return self._decoupled[model]
-
-    async def _responses(self, message: Any, timeout_s: float) -> AsyncGenerator[Any, None]:
-        """Every response to one request, over the call the model understands. Closing it early cancels the request."""
-        model = message.model_name
-        if not await self._is_decoupled(model, timeout_s):
-            yield await self._call("ModelInfer", message, timeout_s, model)
+    async def _responses(
+        self,
+        model: str,
+        inputs: Sequence[tensors.Tensor],
+        request_id: str,
+        outputs: Sequence[str],
+        timeout_s: float,
+        *,
+        stream: bool,
+    ) -> AsyncGenerator[tuple[int, Any], None]:
+        """Over the call that the model understands, whatever the request asks for."""
+        message = _request(model, inputs, request_id, outputs)
+        if not (stream or await self._is_decoupled(model, timeout_s)):
+            answer = await self._call("ModelInfer", message, timeout_s, model)
+            yield time.perf_counter_ns(), answer
             return
         call = self._connected().ModelStreamInfer(iter([message]), timeout=timeout_s)
         try:
             while answer := await self._guarded(call.read, model, timeout_s):
+                received_ns = time.perf_counter_ns()
                 if answer.error_message:
                     await _end(call)
                     raise api.ServerError(answer.error_message, model=model)
-                yield answer.infer_response
+                yield received_ns, answer.infer_response
         finally:
             call.cancel()  # nothing happens when the call is done
+
+    @staticmethod
+    def _text(response: Any) -> str:
+        for output, raw in zip(response.outputs, response.raw_output_contents, strict=False):
+            if output.name == "text_output":
+                return next(iter(tensors.split_strings(raw)), "")
+        return ""
+
+    @staticmethod
+    def _beam(response: Any) -> tuple[Sequence[int], int]:
+        outputs = _outputs(response)
+        if "output_ids" not in outputs:
+            return [], 0
+        beam = outputs["output_ids"].reshape(-1, outputs["output_ids"].shape[-1])[0].tolist()
+        length = int(outputs["sequence_length"].reshape(-1)[0]) if "sequence_length" in outputs else len(beam)
+        return beam, length
 
     async def _call(self, name: str, message: Any, timeout_s: float, model: str = "") -> Any:
         """One unary call."""
@@ -269,23 +220,6 @@ def _request(model: str, inputs: Sequence[tensors.Tensor], request_id: str, outp
         message.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
         message.raw_input_contents.append(tensor.to_bytes())
     return message
-
-
-def _text(response: Any) -> str:
-    """The text in a response: the first beam's. Empty for a response without outputs, such as a bare final flag."""
-    for output, raw in zip(response.outputs, response.raw_output_contents, strict=False):
-        if output.name == "text_output":
-            return next(iter(tensors.split_strings(raw)), "")
-    return ""
-
-
-def _tokens(response: Any, input_ids: Sequence[int], max_tokens: int) -> list[int]:
-    outputs = _outputs(response)
-    if "output_ids" not in outputs:
-        return []
-    beam = outputs["output_ids"].reshape(-1, outputs["output_ids"].shape[-1])[0].tolist()
-    length = int(outputs["sequence_length"].reshape(-1)[0]) if "sequence_length" in outputs else len(beam)
-    return tensors.new_tokens(beam, length, input_ids, max_tokens)
 
 
 def _outputs(response: Any) -> dict[str, npt.NDArray[np.generic]]:

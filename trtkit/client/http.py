@@ -12,12 +12,12 @@ import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from trtkit.client import api, tensors
-from trtkit.client.api import Chunk, Completion, GenerateRequest, ProtocolName
+from trtkit.client.api import ProtocolName
+from trtkit.client.base import Client
 from trtkit.client.sse import EventParser
 from trtkit.errors import InputError, TrtkitError
 
@@ -27,67 +27,14 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 
-class HttpClient:
+class HttpClient(Client[dict[str, Any]]):
     """`LLMClient` over HTTP. Made by `connect`."""
 
     protocol: ProtocolName = "http"
 
     def __init__(self, url: str, *, model: str = api.ENSEMBLE) -> None:
-        self.url = url
-        self.model = model
+        super().__init__(url, model)
         self._session: aiohttp.ClientSession | None = None
-        self._decoupled: dict[str, bool] = {}
-
-    async def generate(self, request: GenerateRequest, *, timeout_s: float = 120.0) -> Completion:
-        request_id = api.new_request_id(request.request_id)
-        body = _flat(tensors.ensemble_inputs(request, stream=False), request_id)
-        answer = await self._post(_path(self.model, "generate"), body, timeout_s, self.model)
-        return Completion(_text(answer), request_id)
-
-    async def stream(self, request: GenerateRequest, *, timeout_s: float = 120.0) -> AsyncGenerator[Chunk, None]:
-        if not await self._is_decoupled(self.model, timeout_s):
-            raise api.not_decoupled(self.model)
-        body = _flat(tensors.ensemble_inputs(request, stream=True), api.new_request_id(request.request_id))
-        events = self._events(self.model, body, timeout_s)
-        try:
-            async for received_ns, answer in events:
-                yield Chunk(text=_text(answer), received_ns=received_ns)
-        finally:
-            await events.aclose()
-
-    async def generate_tokens(
-        self,
-        input_ids: Sequence[int],
-        max_tokens: int,
-        *,
-        end_id: int | None = None,
-        top_k: int | None = 1,
-        model: str = api.ENGINE,
-        timeout_s: float = 120.0,
-    ) -> list[int]:
-        inputs = tensors.engine_inputs(input_ids, max_tokens, end_id=end_id, top_k=top_k, stream=False)
-        answer = await self._post(_path(model, "generate"), _flat(inputs, api.new_request_id()), timeout_s, model)
-        return _tokens(answer, input_ids, max_tokens)
-
-    async def stream_tokens(
-        self,
-        input_ids: Sequence[int],
-        max_tokens: int,
-        *,
-        end_id: int | None = None,
-        top_k: int | None = 1,
-        model: str = api.ENGINE,
-        timeout_s: float = 120.0,
-    ) -> AsyncGenerator[list[int], None]:
-        if not await self._is_decoupled(model, timeout_s):
-            raise api.not_decoupled(model)
-        inputs = tensors.engine_inputs(input_ids, max_tokens, end_id=end_id, top_k=top_k, stream=True)
-        events = self._events(model, _flat(inputs, api.new_request_id()), timeout_s)
-        try:
-            async for _, answer in events:
-                yield _tokens(answer, input_ids, max_tokens)
-        finally:
-            await events.aclose()
 
     async def infer(
         self, model: str, inputs: Sequence[tensors.Tensor], *, request_id: str = "", timeout_s: float = 120.0
@@ -96,11 +43,10 @@ class HttpClient:
         if await self._is_decoupled(model, timeout_s):
             described = (await self.metadata(model, timeout_s=timeout_s))["outputs"]
             types = {output["name"]: output["datatype"] for output in described}
-            events = self._events(model, _flat(inputs, api.new_request_id(request_id)), timeout_s)
-            answers = [answer async for _, answer in events]
+            responses = self._responses(model, inputs, api.new_request_id(request_id), (), timeout_s, stream=True)
             return [
                 {name: tensors.to_array(types[name], value) for name, value in answer.items() if name in types}
-                for answer in answers
+                async for _, answer in responses
             ]
         body = {"id": api.new_request_id(request_id), "inputs": [_described(tensor) for tensor in inputs]}
         answer = await self._post(_path(model, "infer"), body, timeout_s, model)
@@ -142,14 +88,6 @@ class HttpClient:
         if session is not None:
             await session.close()
 
-    async def __aenter__(self) -> HttpClient:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
     def _connected(self) -> aiohttp.ClientSession:
         """The session; made on first use, since it belongs to the running event loop."""
         if self._session is None:
@@ -159,11 +97,46 @@ class HttpClient:
             self._session = aiohttp.ClientSession(connector=connector, raise_for_status=False)
         return self._session
 
-    async def _is_decoupled(self, model: str, timeout_s: float) -> bool:
-        if model not in self._decoupled:
-            config = await self.model_config(model, timeout_s=timeout_s)
-            self._decoupled[model] = bool(config.get("model_transaction_policy", {}).get("decoupled", False))
-        return self._decoupled[model]
+    async def _responses(
+        self,
+        model: str,
+        inputs: Sequence[tensors.Tensor],
+        request_id: str,
+        outputs: Sequence[str],
+        timeout_s: float,
+        *,
+        stream: bool,
+    ) -> AsyncGenerator[tuple[int, dict[str, Any]], None]:
+        """Over the generate extension, which has no way to name the wanted outputs and sends all."""
+        body = _flat(inputs, request_id)
+        if not stream:
+            answer = await self._post(_path(model, "generate"), body, timeout_s, model)
+            yield time.perf_counter_ns(), answer
+            return
+        # Closing this early closes the socket, which cancels the request on the server.
+        async with self._response("POST", _path(model, "generate_stream"), body, timeout_s, model) as response:
+            if response.status != 200:
+                _checked(response.status, await response.read(), model)
+            parser = EventParser()
+            async for piece in response.content.iter_any():
+                received_ns = time.perf_counter_ns()
+                for event in parser.feed(piece):
+                    yield received_ns, _checked(response.status, event, model)
+
+    @staticmethod
+    def _text(response: dict[str, Any]) -> str:
+        value = response.get("text_output", "")
+        if isinstance(value, list):
+            value = value[0] if value else ""
+        return str(value)
+
+    @staticmethod
+    def _beam(response: dict[str, Any]) -> tuple[Sequence[int], int]:
+        """JSON carries no shape, but the first beam comes first and its length is told."""
+        found = response.get("output_ids", [])
+        beam = found if isinstance(found, list) else [found]
+        length = response.get("sequence_length", len(beam))
+        return beam, length[0] if isinstance(length, list) else length
 
     async def _answers(self, path: str, timeout_s: float) -> bool:
         try:
@@ -179,22 +152,6 @@ class HttpClient:
     async def _post(self, path: str, body: dict[str, Any], timeout_s: float, model: str = "") -> Any:
         async with self._response("POST", path, body, timeout_s, model) as response:
             return _checked(response.status, await response.read(), model)
-
-    async def _events(
-        self, model: str, body: dict[str, Any], timeout_s: float
-    ) -> AsyncGenerator[tuple[int, Any], None]:
-        """Every event of a stream: when its bytes arrived, and its JSON.
-
-        Closing it early closes the socket, which cancels the request on the server.
-        """
-        async with self._response("POST", _path(model, "generate_stream"), body, timeout_s, model) as response:
-            if response.status != 200:
-                _checked(response.status, await response.read(), model)
-            parser = EventParser()
-            async for piece in response.content.iter_any():
-                received_ns = time.perf_counter_ns()
-                for event in parser.feed(piece):
-                    yield received_ns, _checked(response.status, event, model)
 
     @asynccontextmanager
     async def _response(
@@ -275,19 +232,3 @@ def _checked(status: int, body: bytes | str, model: str) -> Any:
         return answer
     message = str(answer.get("error", answer)) if isinstance(answer, dict) else str(answer)
     raise api.ServerError(message, status=str(status), model=model)
-
-
-def _text(answer: dict[str, Any]) -> str:
-    """The text in a response: the first beam's."""
-    value = answer.get("text_output", "")
-    if isinstance(value, list):
-        value = value[0] if value else ""
-    return str(value)
-
-
-def _tokens(answer: dict[str, Any], input_ids: Sequence[int], max_tokens: int) -> list[int]:
-    """The first beam's tokens. JSON carries no shape, but the first beam comes first and its length is told."""
-    found = answer.get("output_ids", [])
-    beam = found if isinstance(found, list) else [found]
-    length = answer.get("sequence_length", len(beam))
-    return tensors.new_tokens(beam, length[0] if isinstance(length, list) else length, input_ids, max_tokens)

@@ -1,17 +1,17 @@
-"""The tensors of the ensemble and of the engine model, and their bytes on the wire.
+"""The tensors of a request to the ensemble or to the engine model (`trtkit.contract`), and their bytes on the wire.
 
-Names, dtypes and shapes: the client-visible part of NVIDIA's `inflight_batcher_llm` model configs
-(triton-inference-server/tensorrtllm_backend). Encoding: "Tensor Data" in the KServe v2 inference protocol; a BYTES
-element is a little-endian 32-bit length and the bytes.
+Encoding: "Tensor Data" in the KServe v2 inference protocol; a BYTES element is a little-endian 32-bit length and the
+bytes.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from trtkit import contract
 from trtkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,19 +35,6 @@ _FORMATS = {
     "FP64": "d",
 }
 """Triton dtype -> `struct` format; the same letters, little-endian, name the numpy dtypes."""
-
-# field of GenerateRequest -> (dtype of the ensemble's input); the input has the field's name
-_OPTIONAL_INPUTS = {
-    "temperature": "FP32",
-    "top_k": "INT32",
-    "top_p": "FP32",
-    "repetition_penalty": "FP32",
-    "presence_penalty": "FP32",
-    "frequency_penalty": "FP32",
-    "min_tokens": "INT32",
-    "seed": "UINT64",
-}
-
 
 @dataclass(frozen=True)
 class Tensor:
@@ -92,35 +79,36 @@ def vector(name: str, datatype: str, values: Sequence[object]) -> Tensor:
 
 def ensemble_inputs(request: GenerateRequest, *, stream: bool) -> list[Tensor]:
     """The ensemble's inputs for one request. What the request leaves open is not sent; the prompt is not echoed."""
-    inputs = [scalar("text_input", "BYTES", request.prompt), scalar("max_tokens", "INT32", request.max_tokens)]
-    for name, datatype in _OPTIONAL_INPUTS.items():
-        value = getattr(request, name)
-        if value is not None:
-            inputs.append(scalar(name, datatype, value))
-    for name, words in (("stop_words", request.stop_words), ("bad_words", request.bad_words)):
-        if words:
-            inputs.append(vector(name, "BYTES", words))
-    inputs.append(scalar("stream", "BOOL", stream))
-    inputs.append(scalar("exclude_input_in_output", "BOOL", True))
-    return inputs
+    values = {item.name: getattr(request, item.name) for item in fields(request)}
+    values |= {"text_input": request.prompt, "stream": stream, "exclude_input_in_output": True}
+    values |= {name: values[name] or None for name in ("stop_words", "bad_words")}
+    return _given(contract.ENSEMBLE_INPUTS, values)
 
 
 def engine_inputs(
     input_ids: Sequence[int], max_tokens: int, *, end_id: int | None, top_k: int | None, stream: bool
 ) -> list[Tensor]:
     """The engine model's inputs for one request."""
-    inputs = [
-        vector("input_ids", "INT32", input_ids),
-        scalar("input_lengths", "INT32", len(input_ids)),
-        scalar("request_output_len", "INT32", max_tokens),
-        scalar("streaming", "BOOL", stream),
-        scalar("exclude_input_in_output", "BOOL", True),
-    ]
-    if end_id is not None:
-        inputs.append(scalar("end_id", "INT32", end_id))
-    if top_k is not None:
-        inputs.append(scalar("runtime_top_k", "INT32", top_k))
-    return inputs
+    values = {
+        "input_ids": input_ids,
+        "input_lengths": len(input_ids),
+        "request_output_len": max_tokens,
+        "end_id": end_id,
+        "runtime_top_k": top_k,
+        "streaming": stream,
+        "exclude_input_in_output": True,
+    }
+    return _given(contract.llm_inputs(), values)
+
+
+def _given(table: Sequence[contract.Tensor], values: Mapping[str, Any]) -> list[Tensor]:
+    """Those inputs of a model that have a value other than None."""
+    found = []
+    for tensor in table:
+        if (value := values.get(tensor.name)) is not None:
+            make = scalar if tensor.dims == (1,) else vector
+            found.append(make(tensor.name, tensor.wire_dtype, value))
+    return found
 
 
 def from_bytes(datatype: str, shape: Sequence[int], raw: bytes) -> npt.NDArray[np.generic]:

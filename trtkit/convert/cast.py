@@ -18,6 +18,10 @@ _EXACT, _ROUNDED, _FLUSHED, _OVERFLOW = range(4)
 """What becomes of a value. Only finite values are told apart from exact ones: NaN and infinity stay what they are."""
 
 
+_CHUNK = 1 << 17
+"""Elements looked up at once: their indices and what comes of them stay in the processor's cache."""
+
+
 @dataclass
 class CastReport:
     """What changes of dtype did to finite values.
@@ -72,13 +76,19 @@ def cast(
 def _by_table(values: Array, dtype: np.dtype[Any], entry: TensorEntry, report: CastReport, saturate: bool) -> Array:
     """A 16-bit float has so few values that looking each up is the fastest exact way."""
     table = _table(values.dtype, dtype, saturate)
-    bits = np.ascontiguousarray(values).view(np.uint16)
-    _account(values, bits, table, entry, report, saturate)
-    return np.take(table.results, bits, mode="wrap").view(dtype)  # no index is out of range: `wrap` skips the check
+    bits = np.ascontiguousarray(values).view(np.uint16).reshape(-1)
+    result = np.empty(bits.shape, dtype)
+    lookup = result.view(table.results.dtype)
+    for start in range(0, len(bits), _CHUNK):
+        chunk = bits[start : start + _CHUNK]
+        _account(chunk, table, dtype, entry, report, saturate)
+        # No index is out of range; `wrap` only skips the check.
+        np.take(table.results, chunk, mode="wrap", out=lookup[start : start + _CHUNK])
+    return result.reshape(values.shape)
 
 
 def _account(
-    values: Array, bits: Array, table: _Table, entry: TensorEntry, report: CastReport, saturate: bool
+    bits: Array, table: _Table, dtype: np.dtype[Any], entry: TensorEntry, report: CastReport, saturate: bool
 ) -> None:
     if table.always_exact:
         return
@@ -91,7 +101,8 @@ def _account(
         return
     rounded, flushed, overflow = np.bincount(table.kinds[bits[suspects]], minlength=4)[1:]
     if overflow and not saturate:
-        raise _overflow(values[table.kinds[bits] == _OVERFLOW], dtype=table.results.dtype.name, entry=entry)
+        beyond = bits[table.kinds[bits] == _OVERFLOW]
+        raise _overflow(beyond.view(table.source), dtype=dtype.name, entry=entry)
     report.rounded += int(rounded + flushed + overflow)
     report.flushed += int(flushed)
     report.saturated += int(overflow)
@@ -102,11 +113,13 @@ class _Table:
     """A change of dtype, spelt out for every 16-bit pattern.
 
     Attributes:
-        results: uint16 or float32 `[65536]`, in bits.
+        source: dtype of the patterns.
+        results: `[65536]`, in bits: uint16 or uint32.
         kinds: uint8 `[65536]`.
         exact_from, exact_to: all magnitudes from the one to the other, both included, are exact.
     """
 
+    source: np.dtype[Any]
     results: Array
     kinds: Array
     exact_from: int
@@ -125,7 +138,8 @@ def _table(source: np.dtype[Any], dtype: np.dtype[Any], saturate: bool) -> _Tabl
     edges = np.concatenate([[0], inexact, [1 << 15]])
     gap = int(np.diff(edges).argmax())
     first, last = int(edges[gap]) + 1, int(edges[gap + 1]) - 1
-    return _Table(results.astype(dtype), kinds, first, last, not len(inexact))
+    bits = results.astype(dtype).view(np.dtype(f"u{dtype.itemsize}"))
+    return _Table(source, bits, kinds, first, last, not len(inexact))
 
 
 def _from_float32(values: Array, dtype: np.dtype[Any], entry: TensorEntry, report: CastReport, saturate: bool) -> Array:

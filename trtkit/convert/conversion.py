@@ -42,10 +42,12 @@ class Options:
     Attributes:
         checksum: digest every file and look for NaN and infinity, both beside the copying.
         saturate: values beyond the range of the dtype become its largest instead of an error.
+        sync: wait until every file is on the disk before it counts as finished.
     """
 
     checksum: bool = True
     saturate: bool = False
+    sync: bool = True
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def convert(
 
 def resume_key(plan: Plan, source: Source, options: Options) -> str:
     """Digest of all that determines the bytes of a checkpoint, so that only the same conversion goes on with it."""
-    return digest({"source": source.identity(), "config": plan.config, "options": asdict(options)})
+    return digest({"source": source.identity(), "config": plan.config, "options": _manifest_options(plan, options)})
 
 
 def check_target(out: Path, source: Source, *, replace: bool = False) -> None:
@@ -204,14 +206,14 @@ class Progress:
         self.stage, self.unit, self.unit_report = stage, unit, report
         self._write(sync=False)
 
-    def finish(self, written: Written) -> None:
+    def finish(self, written: Written, *, sync: bool = True) -> None:
         """Notes ranks that are on the disk."""
         self.finished |= written.files
         self.report.add(written.report)
         known = {found.tensor for found in self.non_finite}
         self.non_finite += [found for found in written.non_finite if found.tensor not in known]
         self.stage, self.unit, self.unit_report = -1, -1, CastReport()
-        self._write(sync=True)
+        self._write(sync=sync)
 
     def _write(self, *, sync: bool) -> None:
         noted = {
@@ -270,12 +272,13 @@ def _write_stage(
         plan.stages()[stage],
         checksum=options.checksum,
         saturate=options.saturate,
+        sync=options.sync,
         done_units=done,
         report=report,
         on_unit=note,
         on_progress=count,
     )
-    progress.finish(written)
+    progress.finish(written, sync=options.sync)
 
 
 def _finish(plan: Plan, source: Source, folder: Path, options: Options, progress: Progress) -> None:
@@ -287,13 +290,28 @@ def _finish(plan: Plan, source: Source, folder: Path, options: Options, progress
     manifest = {
         "producer": {"name": "trtkit", "version": __version__},
         "source": source.identity(),
-        "options": asdict(options),
+        "options": _manifest_options(plan, options),
         "report": asdict(progress.report),
         "non_finite": [asdict(found) for found in sorted(progress.non_finite, key=lambda found: found.tensor)],
         "files": {name: asdict(record) for name, record in files.items()},
     }
     atomic_write(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     (folder / PROGRESS).unlink(missing_ok=True)
+
+
+def _manifest_options(plan: Plan, options: Options) -> dict[str, Any]:
+    """All options that determine the bytes of the checkpoint and its manifest."""
+    config = plan.config
+    sharding = ("vocab", "hidden")[config["embedding_sharding_dim"]] if config["use_parallel_embedding"] else "none"
+    return {
+        "dtype": config["dtype"],
+        "tp": config["mapping"]["tp_size"],
+        "pp": config["mapping"]["pp_size"],
+        "ep": config["mapping"].get("moe_ep_size", 1),
+        "parallel_embedding": sharding,
+        "saturate": options.saturate,
+        "checksum": options.checksum,
+    }
 
 
 def _check_space(folder: Path, total: int) -> None:

@@ -9,7 +9,12 @@ from trtkit import architectures
 from trtkit.architectures.rules import Architecture, sizes
 from trtkit.errors import InputError
 
-_CONFIG_KEYS = {"intermediate": "intermediate_size", "hidden": "hidden_size", "moe": "moe_intermediate_size"}
+_CONFIG_KEYS = {
+    "intermediate": "intermediate_size",
+    "hidden": "hidden_size",
+    "moe": "moe_intermediate_size",
+    "shared": "shared_expert_intermediate_size",
+}
 
 
 def check_parallelism(config: Mapping[str, Any], architecture: Architecture) -> None:
@@ -23,6 +28,9 @@ def check_parallelism(config: Mapping[str, Any], architecture: Architecture) -> 
     """
     mapping = config["mapping"]
     tp, pp, ep = mapping["tp_size"], mapping["pp_size"], mapping.get("moe_ep_size", 1)
+    if problem := _expert_problem(config, architecture, ep):
+        valid = ", ".join(map(str, valid_ep_sizes(config)))
+        raise InputError(f"EP {ep} does not fit this model: {problem}", f"valid EP sizes: {valid}")
     if problem := _problem(config, architecture, tp, ep):
         valid = ", ".join(map(str, valid_tp_sizes(config, ep=ep))) or "none"
         and_ep = f" with {ep} expert-parallel groups" if ep > 1 else ""
@@ -48,19 +56,22 @@ def valid_ep_sizes(config: Mapping[str, Any], *, limit: int = 64) -> list[int]:
     return [ep for ep in range(1, min(experts, limit) + 1) if experts % ep == 0]
 
 
+def _expert_problem(config: Mapping[str, Any], architecture: Architecture, ep: int) -> str | None:
+    if ep > 1 and not architecture.has_experts:
+        return "it has no experts to spread"
+    if ep > 1 and config["moe"]["num_experts"] % ep:
+        return f"{ep} groups do not divide its {config['moe']['num_experts']} experts"
+    return None
+
+
 def _problem(config: Mapping[str, Any], architecture: Architecture, tp: int, ep: int) -> str | None:
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     if heads % tp:
         return f"num_attention_heads {heads} is not a multiple of it"
     if kv_heads % tp and tp % kv_heads:
         return f"num_key_value_heads {kv_heads} is neither a multiple nor a divisor of it"
-    if ep > 1:
-        if not architecture.has_experts:
-            return "it has no experts to spread"
-        if tp % ep:
-            return f"{ep} expert-parallel groups do not divide it"
-        if config["moe"]["num_experts"] % ep:
-            return f"{ep} groups do not divide its {config['moe']['num_experts']} experts"
+    if tp % ep:
+        return f"{ep} expert-parallel groups do not divide it"
     extents: dict[str, int] = {**sizes(config), **architecture.sizes(config)}
     for weight in architecture.weights:
         if not weight.when(config):

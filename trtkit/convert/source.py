@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from trtkit import __version__, architectures
 from trtkit.architectures.rules import Architecture, Stacked
-from trtkit.config import CheckpointConfig
 from trtkit.convert.plan import Plan, plan_checkpoint
 from trtkit.errors import InputError
 from trtkit.hf import Source
 from trtkit.safetensors_io import TensorEntry
 
+if TYPE_CHECKING:
+    from trtkit.config import CheckpointConfig
+
 SOURCE_DTYPES = ("float16", "bfloat16", "float32")
 
 
-def plan_conversion(source: Source, options: CheckpointConfig) -> Plan:
+@dataclass(frozen=True)
+class Layout:
+    """How a source becomes a checkpoint: the same as `config.CheckpointConfig`, for callers without a build config.
+
+    Attributes:
+        tp, pp, ep: tensor, pipeline and expert parallel sizes.
+        dtype: `auto`, float16, bfloat16 or float32.
+        parallel_embedding: `none`, `vocab` or `hidden`: axis along which TP splits the token embedding.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    dtype: str = "auto"
+    parallel_embedding: str = "none"
+
+
+def plan_conversion(source: Source, options: CheckpointConfig | Layout) -> Plan:
     """The plan for a source, after checking that the source holds exactly what the plan reads.
 
     Raises:
@@ -35,7 +55,7 @@ def plan_conversion(source: Source, options: CheckpointConfig) -> Plan:
     return plan
 
 
-def checkpoint_config(source: Source, options: CheckpointConfig) -> dict[str, Any]:
+def checkpoint_config(source: Source, options: CheckpointConfig | Layout) -> dict[str, Any]:
     """config.json of the checkpoint: the model's keys plus those of its layout. All defaults are written out, since
     TRT-LLM's own are wrong for most models and it does not complain when they apply.
 

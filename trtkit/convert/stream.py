@@ -9,7 +9,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import os
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,10 @@ from trtkit.convert.plan import Box, Placement, Plan
 from trtkit.safetensors_io import DTYPES, Reader, TensorEntry, TensorSpec, Writer
 
 BLOCK_BYTES = 4 << 20
+THREADS = 2
+"""Two copy faster than one; more only wait for the memory."""
+AHEAD = 2
+"""Layers that may be under way at once: each holds its plan in memory."""
 DIRECT_BYTES = 128 << 10
 """Shorter contiguous runs are cut from a block in memory: a call to the kernel for each would cost more."""
 
@@ -48,17 +55,19 @@ def write_ranks(
     *,
     checksum: bool = True,
     saturate: bool = False,
+    sync: bool = True,
     done_units: int = -1,
     report: CastReport | None = None,
     on_unit: Callable[[int, CastReport], None] = lambda unit, report: None,
     on_progress: Callable[[int], None] = lambda count: None,
 ) -> Written:
-    """Writes the files of some ranks into `folder`, and returns once they are on the disk.
+    """Writes the files of some ranks into `folder`.
 
     Args:
         tensors: the source's tensors by the names in the plan.
         checksum: digest every file, and look for NaN and infinity, while the pages are still in memory.
         saturate: values beyond the range of the dtype become its largest instead of an error.
+        sync: return only when the files are on the disk.
         done_units, report: the last unit (see `Plan.units`) that an interrupted run of the same call finished, and
             its account so far.
         on_unit: called when a unit is written (but maybe not yet on the disk).
@@ -68,7 +77,7 @@ def write_ranks(
         InputError: the source ends early, or a value overflows.
         OSError: the disk is full or fails.
     """
-    report = CastReport() if report is None else report
+    total = report or CastReport()
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(Reader())
         writers: dict[int, Writer] = {}
@@ -79,28 +88,43 @@ def write_ranks(
             writers[rank] = Writer(folder / rank_file(rank), specs, resume=done_units >= 0)
             stack.callback(writers[rank].close)
         follower = stack.enter_context(Follower(plan, writers, checksum=checksum))
-        for unit, placements in plan.units(ranks):
-            for name in sorted(placements, key=lambda name: (tensors[name].path, tensors[name].start)):
-                if unit > done_units:
-                    _copy_tensor(reader, tensors[name], placements[name], writers, report, saturate)
-                on_progress(sum(place.nbytes for place in placements[name]))
+        pool = stack.enter_context(ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "trtkit-copy"))
+        stack.callback(pool.shutdown, cancel_futures=True)
+        running: deque[tuple[int, list[Future[CastReport]]]] = deque()
+
+        def finish_unit() -> None:
+            unit, jobs = running.popleft()
+            for job in jobs:
+                total.add(job.result())
             follower.advance(unit)
-            if unit > done_units:
-                on_unit(unit, report)
+            on_unit(unit, total)
+
+        for unit, placements in plan.units(ranks):
+            for places in placements.values():
+                on_progress(sum(place.nbytes for place in places))
+            if unit <= done_units:
+                follower.advance(unit)
+                continue
+            names = sorted(placements, key=lambda name: (tensors[name].path, tensors[name].start))
+            jobs = [
+                pool.submit(_copy_tensor, reader, tensors[name], placements[name], writers, saturate) for name in names
+            ]
+            running.append((unit, jobs))
+            if len(running) > AHEAD:
+                finish_unit()
+        while running:
+            finish_unit()
         files = follower.finish()
-        for writer in writers.values():
+        for writer in writers.values() if sync else ():
             writer.sync()
-    return Written(files, report, follower.non_finite)
+    return Written(files, total, follower.non_finite)
 
 
 def _copy_tensor(
-    reader: Reader,
-    entry: TensorEntry,
-    placements: list[Placement],
-    writers: Mapping[int, Writer],
-    report: CastReport,
-    saturate: bool,
-) -> None:
+    reader: Reader, entry: TensorEntry, placements: list[Placement], writers: Mapping[int, Writer], saturate: bool
+) -> CastReport:
+    """Writes everything that is made of one source tensor; the account of what its casts did."""
+    report = CastReport()
     through_memory = []
     for place in placements:
         piece, writer = place.piece, writers[place.rank]
@@ -114,6 +138,7 @@ def _copy_tensor(
             through_memory.append(place)
     if through_memory:
         _copy_blocks(reader, entry, through_memory, writers, report, saturate)
+    return report
 
 
 def _copy_blocks(

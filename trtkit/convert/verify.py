@@ -15,10 +15,9 @@ import blake3
 import numpy as np
 
 from trtkit.checkpoint import Checkpoint, read_manifest
-from trtkit.config import CheckpointConfig
 from trtkit.convert.cast import Array, CastReport, cast
 from trtkit.convert.plan import Box, Piece, Placement, Plan, plan_checkpoint
-from trtkit.convert.source import checkpoint_config, source_tensors
+from trtkit.convert.source import Layout, checkpoint_config, source_tensors
 from trtkit.errors import CheckFailedError
 from trtkit.hf import Source
 from trtkit.safetensors_io import DTYPES, Reader, TensorEntry
@@ -209,14 +208,14 @@ def _read_box(reader: Reader, entry: TensorEntry, view: tuple[int, ...], box: Bo
 def _compare_settings(source: Source, checkpoint: Checkpoint) -> dict[str, tuple[Any, Any]]:
     found = checkpoint.config
     sharding = {0: "vocab", 1: "hidden"}[found["embedding_sharding_dim"]] if found["use_parallel_embedding"] else "none"
-    options = CheckpointConfig(
+    layout = Layout(
         dtype=found["dtype"],
         tp=checkpoint.tp,
         pp=checkpoint.pp,
         ep=found["mapping"].get("moe_ep_size", 1),
-        parallel_embedding=sharding,  # type: ignore[arg-type]
+        parallel_embedding=sharding,
     )
-    expected = checkpoint_config(source, options)
+    expected = checkpoint_config(source, layout)
     del expected["producer"]  # another tool or another version may have made it
     return {key: (want, found.get(key)) for key, want in sorted(expected.items()) if found.get(key) != want}
 

@@ -8,11 +8,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from trtkit.deploy import alias, processes, state
 from trtkit.deploy.readiness import url_host
-from trtkit.errors import InputError
+from trtkit.errors import InputError, LacksError
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,10 @@ class Deployment:
         """Host and port, as gRPC clients want them."""
         return f"{url_host(self.host)}:{self.grpc_port}"
 
+    def url(self, protocol: Literal["grpc", "http"]) -> str:
+        """Where a client of that protocol finds it, as `trtkit.client.connect` wants it."""
+        return f"grpc://{self.grpc_url}" if protocol == "grpc" else self.http_url
+
     @property
     def metrics_url(self) -> str:
         return f"http://{url_host(self.host)}:{self.metrics_port}/metrics"
@@ -78,6 +82,21 @@ def from_record(record: Mapping[str, Any]) -> Deployment:
     """The deployment that a record of `trtkit.deploy.state` describes."""
     known = {name: record[name] for name in Deployment.__dataclass_fields__ if name in record}
     return Deployment(**known | {"models": tuple(record.get("models", ()))})
+
+
+def running(name: str) -> Deployment:
+    """The deployment of that name, of either target, as one that serves. Whether a container lives is not asked.
+
+    Raises:
+        LacksError: it does not run, or was never started.
+    """
+    folder = state.folder_of(name)
+    record = state.read(folder)
+    if record is None or not (deployment := from_record(settled(folder, record))).running:
+        raise LacksError(
+            f"no deployment '{name}' is running", "start it with `trtkit deploy up`, or name a server with --url"
+        )
+    return deployment
 
 
 def unknown(name: str) -> InputError:

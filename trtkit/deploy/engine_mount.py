@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import posixpath
 from pathlib import Path
 
+from trtkit import pbtxt
+from trtkit.engine_files import read_engine
 from trtkit.errors import InputError
 from trtkit.findings import Finding
-
-_COMPILE = "compile one with `trtkit build`"
 
 
 def check(repository: Path, engine: Path | None, target: str | None) -> list[Finding]:
@@ -21,35 +20,20 @@ def check(repository: Path, engine: Path | None, target: str | None) -> list[Fin
         target: absolute path of the mount inside the container.
 
     Raises:
-        InputError: what exists contradicts: no engine in the folder, or the repository looks elsewhere.
+        InputError: what exists contradicts: no complete engine in the folder, or the repository looks elsewhere.
     """
     findings = []
     if not repository.is_dir():
         fix = "make one with `trtkit repo generate`"
         findings.append(Finding("TK761", "warning", str(repository), f"no model repository at {repository}", fix))
     if engine is not None and not engine.is_dir():
-        findings.append(Finding("TK762", "warning", str(engine), f"no engine at {engine}", _COMPILE))
+        findings.append(Finding("TK762", "warning", str(engine), f"no engine at {engine}", "compile one with `trtkit build`"))
     elif engine is not None:
-        _check_engine(engine)
+        read_engine(engine)
     config = repository / "tensorrt_llm" / "config.pbtxt"
     if config.is_file():
         _check_place(config, repository, engine, target)
     return findings
-
-
-def _check_engine(engine: Path) -> None:
-    """An engine's config.json holds what it was built from and how (TensorRT-LLM, builder.py: EngineConfig)."""
-    file = engine / "config.json"
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{engine} holds no engine: no config.json in it", _COMPILE) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {file}: {error}", _COMPILE) from None
-    if isinstance(found, dict) and {"pretrained_config", "build_config"} <= found.keys():
-        return
-    what = "a checkpoint" if isinstance(found, dict) and "architecture" in found else "something else"
-    raise InputError(f"{engine} holds {what} and no engine: its config.json has no build_config", _COMPILE)
 
 
 def _check_place(config: Path, repository: Path, engine: Path | None, target: str | None) -> None:
@@ -70,13 +54,7 @@ def _check_place(config: Path, repository: Path, engine: Path | None, target: st
 
 
 def _gpt_model_path(config: Path) -> str | None:
-    from google.protobuf import text_format
-    from tritonclient.grpc import model_config_pb2
-
-    try:
-        model = text_format.Parse(config.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
-    except (OSError, ValueError, text_format.ParseError) as error:
-        raise InputError(f"cannot read {config}: {error}", "check the repository with `trtkit repo lint`") from None
+    model = pbtxt.load(config)
     if "gpt_model_path" not in model.parameters:
         return None
     return str(model.parameters["gpt_model_path"].string_value)

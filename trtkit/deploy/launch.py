@@ -44,7 +44,6 @@ class ServerSpec:
         tritonserver: executable to use; None looks for one.
         pass_environment: variables that the server may see although their names look like secrets.
         log_path: None keeps `server.log` in the deployment's state folder.
-        private_backends: keep the python backend's stub out of site-packages, in the user's cache.
         log_verbose: the server's verbosity, 0 to 3.
         transient: of a run that is over with this process: its record is forgotten some time after that.
     """
@@ -60,7 +59,6 @@ class ServerSpec:
     tritonserver: str | None = None
     pass_environment: Sequence[str] = ()
     log_path: str | Path | None = None
-    private_backends: bool = False
     log_verbose: int = 0
     transient: bool = False
 
@@ -135,7 +133,7 @@ def start(spec: ServerSpec, *, wait: bool, on_progress: Progress | None) -> Laun
             if old["target"] != "local":
                 raise _already_running(folder, spec.name)
             clear_crashed(folder, old)
-        server = prepared(find_server(spec.tritonserver), private=spec.private_backends)
+        server = prepared(find_server(spec.tritonserver))
         for _ in range(PORT_ATTEMPTS if 0 in spec.ports else 1):
             serverlog.begin(log)
             with suppress(_PortTakenError):

@@ -36,7 +36,6 @@ __all__ = [
     "down",
     "forget",
     "forget_transient",
-    "list_deployments",
     "logs",
     "plan",
     "running_server",
@@ -161,16 +160,6 @@ def status(name: str) -> Deployment:
         return deployment
     ready = not readiness.not_ready(deployment.host, deployment.http_port, deployment.models)
     return replace(deployment, ready=ready)
-
-
-def list_deployments() -> list[Deployment]:
-    """Every local deployment with a record, by name, running or not."""
-    found = []
-    for name in state.names():
-        if (state.read(state.folder_of(name)) or {}).get("target") == "local":
-            with suppress(InputError):  # removed meanwhile
-                found.append(status(name))
-    return found
 
 
 def down(name: str, *, on_progress: Progress | None = None) -> Deployment:

@@ -72,31 +72,32 @@ def find_server(tritonserver: str | None = None) -> Server:
     return _embedded(Path(next(iter(package.submodule_search_locations))) / "tritonserver")
 
 
-def prepared(server: Server, *, private: bool = False) -> Server:
+def prepared(server: Server) -> Server:
     """The server with the stub for this Python in its python backend's folder: the original folder, or a copy in the
-    user's cache where that cannot be written or `private` is asked for. Safe to run several times at once.
+    user's cache where that cannot be written. Safe to run several times at once.
 
     Raises:
         LacksError: the copy cannot be written either.
     """
     if server.stub is None or server.backends is None:
         return server
-    if not private:
-        try:
-            _install(server.stub, server.backends / "python" / STUB)
-        except OSError:  # read-only site-packages, or another user's
-            private = True
-    if not private:
-        return server
+    try:
+        _install(server.stub, server.backends / "python" / STUB)
+    except OSError:  # read-only site-packages, or another user's
+        return _private_copy(server, server.stub, server.backends)
+    return server
+
+
+def _private_copy(server: Server, stub: Path, backends: Path) -> Server:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     # One copy per installation and Python: size and time of the library change with the package.
-    library = (server.backends / "python" / "libtriton_python.so").stat()
-    copy = cache / "trtkit" / "backends" / f"py{server.stub.parent.name}-{library.st_size:x}-{library.st_mtime_ns:x}"
+    library = (backends / "python" / "libtriton_python.so").stat()
+    copy = cache / "trtkit" / "backends" / f"py{stub.parent.name}-{library.st_size:x}-{library.st_mtime_ns:x}"
     try:
-        for source in sorted((server.backends / "python").iterdir()):
+        for source in sorted((backends / "python").iterdir()):
             if source.is_file() and source.name != STUB:
                 _install(source, copy / "python" / source.name)
-        _install(server.stub, copy / "python" / STUB)
+        _install(stub, copy / "python" / STUB)
     except OSError as error:
         raise LacksError(
             f"cannot write {copy}: {error.strerror}", "set XDG_CACHE_HOME to a folder to write to"

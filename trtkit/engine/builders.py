@@ -29,7 +29,8 @@ from trtkit.docker_cli import ULIMITS, Mount, gpus_option
 from trtkit.engine.failures import diagnose
 from trtkit.engine.options import refuse_inert_reduce_fusion, trtllm_build_args
 from trtkit.engine.process import follow
-from trtkit.engine.result import Engine, check_built, read_engine, same_version, wrong_version
+from trtkit.engine.result import check_built, same_version, wrong_version
+from trtkit.engine_files import Engine, read_engine
 from trtkit.errors import InputError, LacksError
 from trtkit.store import atomic_dir, atomic_write
 
@@ -73,10 +74,6 @@ class BuildCommand:
     shm_size: str
     user: str
     container: str
-
-    @property
-    def mounts(self) -> list[Mount]:
-        return self.mounts_into(self.engine_dir)
 
     @property
     def argv(self) -> list[str]:

@@ -16,8 +16,7 @@ class Columns:
     """The run as arrays, one element per request: times in int64 nanoseconds from the start of the run.
 
     Attributes:
-        first, last: first and last chunk with text; -1 where there is none.
-        chunks: chunks with text.
+        first: first chunk with text; -1 where there is none.
         output: tokens or chunks; -1 where unknown.
         head: those of them in the first chunk.
         measured: whether the request was due inside the measurement.
@@ -30,9 +29,7 @@ class Columns:
     intended: NDArray[np.int64]
     sent: NDArray[np.int64]
     first: NDArray[np.int64]
-    last: NDArray[np.int64]
     end: NDArray[np.int64]
-    chunks: NDArray[np.int64]
     output: NDArray[np.int64]
     head: NDArray[np.int64]
     outcome: NDArray[np.str_]
@@ -70,9 +67,7 @@ def columns_of(run: Run, count_tokens: Callable[[str], int] | None = None) -> Co
         intended=intended,
         sent=np.array([r.sent_ns for r in records], dtype=np.int64) - start,
         first=np.array([r.chunk_ns[0] - start if r.chunk_ns else -1 for r in records], dtype=np.int64),
-        last=np.array([r.chunk_ns[-1] - start if r.chunk_ns else -1 for r in records], dtype=np.int64),
         end=np.array([r.end_ns for r in records], dtype=np.int64) - start,
-        chunks=chunks,
         output=output,
         head=head,
         outcome=np.array([r.outcome for r in records], dtype=np.str_),

@@ -10,11 +10,11 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from trtkit import contract, pbtxt
 from trtkit.config import BuildConfig
 from trtkit.errors import CheckFailedError, InputError
 from trtkit.findings import has_errors
 from trtkit.hf import eos_token_ids
-from trtkit.repository import contract, pbtxt
 
 MARKER = "trtkit-repository.json"
 """Plain file in the repository's root, which Triton ignores: this folder was generated and may be generated again."""

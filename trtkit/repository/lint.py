@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from trtkit import pbtxt
 from trtkit.errors import InputError
 from trtkit.findings import Finding
-from trtkit.repository import pbtxt
 from trtkit.repository.lint_ensemble import lint_ensemble
 from trtkit.repository.lint_model import lint_model
 from trtkit.repository.lint_rules import Model, finding

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from trtkit.checkpoint import rank_file, read_checkpoint_config
+from trtkit.engine_files import read_engine_config
+from trtkit.errors import InputError
 from trtkit.findings import Finding
 from trtkit.repository.lint_code import lint_code
 from trtkit.repository.lint_rules import Model, finding
@@ -189,7 +191,7 @@ def _parameters(model: Model) -> Iterator[Finding]:
             cause = f"{key} {value} does not exist on this machine"
             yield finding("TK131", model.place(value), cause, "make sure that it exists where the server runs")
         elif key in ("gpt_model_path", "checkpoint_dir"):
-            yield from _ranks(folder)
+            yield from _ranks(key, folder)
     if model.config.backend == "tensorrtllm":
         yield from _backend_values(model, values)
 
@@ -223,21 +225,20 @@ def _folder(model: Model, key: str, value: str) -> Path:
     return model.path / str(versions[-1]) / value if key == "checkpoint_dir" and versions else Path(value)
 
 
-def _ranks(folder: Path) -> Iterator[Finding]:
+def _ranks(key: str, folder: Path) -> Iterator[Finding]:
     """A checkpoint has rank{R}.safetensors, an engine rank{R}.engine, for every rank of the mapping in config.json."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        mapping = config.get("pretrained_config", config).get("mapping") or {}
-        world = int(mapping.get("world_size") or int(mapping.get("tp_size", 1)) * int(mapping.get("pp_size", 1)))
-    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        yield finding("TK133", str(folder / "config.json"), f"cannot be read: {error}", "build it again")
+        if key == "gpt_model_path":
+            missing = read_engine_config(folder).missing()
+        else:
+            world = read_checkpoint_config(folder)["mapping"]["world_size"]
+            files = (folder / rank_file(rank) for rank in range(world))
+            missing = next((file for file in files if not file.is_file()), None)
+    except InputError as error:
+        yield finding("TK133", str(folder / "config.json"), error.cause, error.fix)
         return
-    suffix = "engine" if "pretrained_config" in config else "safetensors"
-    for rank in range(world):
-        if not (folder / f"rank{rank}.{suffix}").is_file():
-            cause = f"the file is missing; config.json says that there are {world} ranks"
-            yield finding("TK133", str(folder / f"rank{rank}.{suffix}"), cause, "build it again")
-            return
+    if missing is not None:
+        yield finding("TK133", str(missing), "the file is missing or empty, and config.json has its rank", "build it again")
 
 
 def _backend_values(model: Model, values: dict[str, str]) -> Iterator[Finding]:

@@ -1,8 +1,7 @@
 """Does the server have the models that clients count on, with the tensors they count on?
 
-The tables are the part of NVIDIA's `inflight_batcher_llm` contract (triton-inference-server/tensorrtllm_backend,
-`all_models/inflight_batcher_llm/*/config.pbtxt`) that a text client and the ensemble's own wiring use. A server may
-have more inputs, as long as it does not require them.
+What is looked at is the part of the contract (`trtkit.contract`) that a text client and the ensemble's own wiring use.
+A server may have more inputs, as long as it does not require them.
 """
 
 from __future__ import annotations
@@ -11,6 +10,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from trtkit.client.api import LLMClient
+from trtkit.contract import (
+    ENSEMBLE_INPUTS,
+    ENSEMBLE_OUTPUTS,
+    POSTPROCESSING_INPUTS,
+    POSTPROCESSING_OUTPUTS,
+    PREPROCESSING_INPUTS,
+    PREPROCESSING_OUTPUTS,
+    Tensor,
+    llm_inputs,
+    llm_outputs,
+)
 from trtkit.findings import Finding, Severity
 from trtkit.validate.results import CheckResult, Subject, plural, result
 
@@ -18,75 +28,40 @@ NAME = "contract"
 GENERATE_AGAIN = "generate the model repository again with `trtkit repo generate` and restart the server"
 
 
-class _Tensor(NamedTuple):
-    name: str
-    dtype: str
-    dims: tuple[int, ...] = (1,)
-    need: str = "optional"
-    """`required`: every request must have it. `optional`: a request may leave it out. `either`: both are fine."""
-
-
 class _Contract(NamedTuple):
-    inputs: tuple[_Tensor, ...]
-    outputs: tuple[_Tensor, ...]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
 
 
-TEXT = _Contract(
-    (
-        _Tensor("text_input", "STRING", (1,), "required"),
-        _Tensor("max_tokens", "INT32", (1,), "required"),
-        _Tensor("bad_words", "STRING", (-1,)),
-        _Tensor("stop_words", "STRING", (-1,)),
-        _Tensor("exclude_input_in_output", "BOOL"),
-        _Tensor("end_id", "INT32"),
-        _Tensor("pad_id", "INT32"),
-        _Tensor("top_k", "INT32"),
-        _Tensor("top_p", "FP32"),
-        _Tensor("temperature", "FP32"),
-        _Tensor("repetition_penalty", "FP32"),
-        _Tensor("presence_penalty", "FP32"),
-        _Tensor("frequency_penalty", "FP32"),
-        _Tensor("min_tokens", "INT32"),
-        _Tensor("seed", "UINT64"),
-        _Tensor("stream", "BOOL"),
-    ),
-    (_Tensor("text_output", "STRING", (-1,)),),
+def _part(inputs: Sequence[Tensor], outputs: Sequence[Tensor], names: str) -> _Contract:
+    wanted = names.split()
+    return _Contract(
+        tuple(tensor for tensor in inputs if tensor.name in wanted),
+        tuple(tensor for tensor in outputs if tensor.name in wanted),
+    )
+
+
+TEXT = _part(
+    ENSEMBLE_INPUTS,
+    ENSEMBLE_OUTPUTS,
+    """text_input max_tokens bad_words stop_words exclude_input_in_output end_id pad_id top_k top_p temperature
+    repetition_penalty presence_penalty frequency_penalty min_tokens seed stream text_output""",
 )
-ENGINE = _Contract(
-    (
-        _Tensor("input_ids", "INT32", (-1,), "either"),  # optional where the backend also serves encoders
-        _Tensor("input_lengths", "INT32", (1,), "required"),
-        _Tensor("request_output_len", "INT32", (1,), "required"),
-        _Tensor("end_id", "INT32"),
-        _Tensor("pad_id", "INT32"),
-        _Tensor("stop_words_list", "INT32", (2, -1)),
-        _Tensor("bad_words_list", "INT32", (2, -1)),
-        _Tensor("temperature", "FP32"),
-        _Tensor("runtime_top_k", "INT32"),
-        _Tensor("runtime_top_p", "FP32"),
-        _Tensor("seed", "UINT64"),
-        _Tensor("streaming", "BOOL"),
-        _Tensor("exclude_input_in_output", "BOOL"),
-    ),
-    (_Tensor("output_ids", "INT32", (-1, -1)), _Tensor("sequence_length", "INT32", (-1,))),
+ENGINE = _part(
+    llm_inputs(),
+    llm_outputs(),
+    """input_ids input_lengths request_output_len end_id pad_id stop_words_list bad_words_list temperature runtime_top_k
+    runtime_top_p seed streaming exclude_input_in_output output_ids sequence_length""",
 )
+EITHER = {"input_ids"}
+"""Inputs that may be required or optional: a backend that also serves encoders has prompts without tokens."""
 STEPS = {
-    "preprocessing": _Contract(
-        (
-            _Tensor("QUERY", "STRING", (1,), "required"),
-            _Tensor("REQUEST_OUTPUT_LEN", "INT32", (1,), "required"),
-            _Tensor("STOP_WORDS_DICT", "STRING", (-1,)),
-            _Tensor("BAD_WORDS_DICT", "STRING", (-1,)),
-        ),
-        (_Tensor("INPUT_ID", "INT32", (-1,)), _Tensor("REQUEST_INPUT_LEN", "INT32", (1,))),
+    "preprocessing": _part(
+        PREPROCESSING_INPUTS,
+        PREPROCESSING_OUTPUTS,
+        "QUERY REQUEST_OUTPUT_LEN STOP_WORDS_DICT BAD_WORDS_DICT INPUT_ID REQUEST_INPUT_LEN",
     ),
-    "postprocessing": _Contract(
-        (
-            _Tensor("TOKENS_BATCH", "INT32", (-1, -1), "required"),
-            _Tensor("SEQUENCE_LENGTH", "INT32", (-1,), "required"),
-        ),
-        (_Tensor("OUTPUT", "STRING", (-1,)),),
-    ),
+    "postprocessing": _part(POSTPROCESSING_INPUTS, POSTPROCESSING_OUTPUTS, "TOKENS_BATCH SEQUENCE_LENGTH OUTPUT"),
 }
 """Models whose tensors are looked at where the ensemble uses them under these names."""
 
@@ -153,7 +128,7 @@ def _compare(config: dict[str, Any], contract: _Contract) -> Iterator[Finding]:
                     yield Finding("TK705", "error", f"{name}/{extra}", cause, "make it optional")
 
 
-def _compare_tensor(place: str, kind: str, expected: _Tensor, served: dict[str, Any] | None) -> Iterator[Finding]:
+def _compare_tensor(place: str, kind: str, expected: Tensor, served: dict[str, Any] | None) -> Iterator[Finding]:
     if served is None:
         yield Finding("TK704", "error", place, f"the {kind} is missing", GENERATE_AGAIN)
         return
@@ -163,11 +138,11 @@ def _compare_tensor(place: str, kind: str, expected: _Tensor, served: dict[str, 
     if dims != expected.dims:
         cause = f"the {kind} has dims {list(dims)}, not {list(expected.dims)}"
         yield Finding("TK704", "error", place, cause, GENERATE_AGAIN)
-    if kind == "output" or expected.need == "either":
+    if kind == "output" or expected.name in EITHER:
         return
-    need = "optional" if served.get("optional", False) else "required"
-    if need != expected.need:
-        cause = f"the input is {need}, not {expected.need}"
+    need, wanted = ("optional" if optional else "required" for optional in (served.get("optional"), expected.optional))
+    if need != wanted:
+        cause = f"the input is {need}, not {wanted}"
         # A missing required input is then no longer the server's to notice, but requests still work.
         severity: Severity = "error" if need == "required" else "warning"
         yield Finding("TK705", severity, place, cause, GENERATE_AGAIN)

@@ -19,6 +19,7 @@ from click.testing import CliRunner
 
 import trtkit
 from trtkit.cli import VERBS, group, main
+from trtkit.cli._common import json_option, print_json
 from trtkit.errors import CheckFailedError, InputError, LacksError, missing_extra
 
 EXISTING = [verb for verb, (module, _) in VERBS.items() if importlib.util.find_spec(module)]
@@ -139,7 +140,8 @@ def boom(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     def register(ending: Any) -> None:
         @click.command()
-        def command() -> None:
+        @json_option
+        def command(as_json: bool) -> None:
             if isinstance(ending, BaseException):
                 raise ending
             ending()
@@ -164,10 +166,77 @@ def test_endings(name: str, boom: Any, capsys: pytest.CaptureFixture[str]) -> No
     assert (captured.out, captured.err.splitlines()) == ("", lines)
 
 
-def test_debug_shows_the_traceback(boom: Any) -> None:
-    boom(ENDINGS["bug"][0])
-    with pytest.raises(ZeroDivisionError):
-        main(["--debug", "boom"])
+@pytest.mark.parametrize("name", ENDINGS)
+def test_failures_are_json_too(name: str, boom: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    ending, code, lines = ENDINGS[name]
+    boom(ending)
+    with pytest.raises(SystemExit) as stop:
+        main(["boom", "--json"])
+    assert stop.value.code == code
+    captured = capsys.readouterr()
+    assert captured.err.splitlines() == lines  # people read the same as ever
+    if name in ("returns", "exit"):
+        assert captured.out == ""
+        return
+    error = json.loads(captured.out)["error"]
+    assert error["exit_code"] == code
+    assert error["cause"].splitlines() == [line.removeprefix("error: ") for line in lines if line and "  fix:" not in line]
+    assert [error["fix"]] == [line.removeprefix("  fix: ") for line in lines if "  fix:" in line] or not error["fix"]
+
+
+def test_a_failure_after_the_result_leaves_one_document(boom: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def ending() -> None:
+        print_json({"passed": False})
+        raise CheckFailedError("1 of 2 checks failed")
+
+    boom(ending)
+    with pytest.raises(SystemExit) as stop:
+        main(["boom", "--json"])
+    assert stop.value.code == 1
+    assert json.loads(capsys.readouterr().out) == {"passed": False}
+
+
+@pytest.mark.parametrize("words", [["boom", "--json", "--nope"], ["boom", "--json", "surplus"], ["bom", "--json"]])
+def test_wrong_usage_is_json_too(words: list[str], boom: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    boom(lambda: None)
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    error = json.loads(captured.out)["error"]
+    assert error["exit_code"] == 2 and error["fix"]
+    assert error["cause"] in captured.err and "Usage:" in captured.err
+
+
+@pytest.mark.parametrize("words", [["boom"], ["boom", "--", "--json"]])
+def test_without_the_option_stdout_stays_empty(words: list[str], boom: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    boom(InputError("wrong"))
+    with pytest.raises(SystemExit):
+        main(words)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_failure_whose_reader_is_gone_keeps_its_exit_code(tmp_path: Path) -> None:
+    with (tmp_path / "errors").open("w") as errors, Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "trtkit", "repo", "lint", str(tmp_path / "none"), "--json"]
+        assert subprocess.run(command, stdout=full, stderr=errors, timeout=60, check=False).returncode == 2
+    assert "is not a folder" in (tmp_path / "errors").read_text()
+    assert "Traceback" not in (tmp_path / "errors").read_text()
+
+
+def test_debug_shows_the_traceback_and_changes_nothing_else(boom: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("bug", "lacks"):
+        ending, code, lines = ENDINGS[name]
+        boom(ending)
+        with pytest.raises(SystemExit) as stop:
+            main(["--debug", "boom"])
+        assert stop.value.code == code
+        shown = capsys.readouterr().err.splitlines()
+        assert shown[0] == "Traceback (most recent call last):"
+        assert shown[-len(lines) :] == lines
+        with pytest.raises(SystemExit):
+            main(["boom"])
+        assert "Traceback" not in capsys.readouterr().err
 
 
 WAITING = """

@@ -247,19 +247,45 @@ def test_wrong_usage_is_one_line_and_sends_nothing(config: str, arguments: list[
 
 
 @pytest.mark.parametrize(("scenario", "url"), [("default", "grpc://127.0.0.1:2"), ("rate", "http://127.0.0.1:1")])
+@pytest.mark.parametrize("target", ["local", "docker"])
 def test_without_a_url_the_deployment_of_the_config_is_tested(
-    config: str, monkeypatch: pytest.MonkeyPatch, scenario: str, url: str
+    config: str, deployed: Callable[..., None], scenario: str, url: str, target: str
 ) -> None:
-    monkeypatch.setattr("trtkit.deploy.local.status", deployment("running"))
+    deployed("running", target=target)
     invoke(config, "--scenario", scenario)
     assert Echo.made[0][0] == url
 
 
-def test_a_stopped_deployment_is_an_error(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trtkit.deploy.local.status", deployment("crashed"))
-    error = refused(config)
-    assert isinstance(error, LacksError)
-    assert error.cause == "no deployment 'served' is running"
+def test_a_stopped_deployment_is_an_error(config: str, deployed: Callable[..., None]) -> None:
+    for phase, alive in (("stopped", True), ("running", False)):
+        deployed(phase, alive=alive)
+        error = refused(config)
+        assert isinstance(error, LacksError)
+        assert error.cause == "no deployment 'served' is running"
+
+
+@pytest.fixture
+def deployed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Writes the record of a deployment 'served', and holds its lock while it is alive, as its supervisor would."""
+    from trtkit.deploy import state
+
+    monkeypatch.setenv("TRTKIT_STATE_DIR", str(tmp_path / "state"))
+    locks: list[int] = []
+
+    def write(phase: str, *, target: str = "local", alive: bool = True) -> None:
+        folder = state.make_folder("served")
+        while locks:
+            os.close(locks.pop())
+        ports = {"http_port": 1, "grpc_port": 2, "metrics_port": 3}
+        own = {"shm_prefix": "none_such", "exit_timeout_s": 1, "container": "c", "stop_timeout_s": 1, "token": "none"}
+        record = {"name": "served", "target": target, "phase": phase, "host": "127.0.0.1", "repository": "/r"}
+        state.write(folder, record | ports | own | {"models": ["ensemble"], "log_path": "/l", "started_at": 0.0})
+        if alive and (lock := state.acquire(folder)) is not None:
+            locks.append(lock)
+
+    yield write
+    while locks:
+        os.close(locks.pop())
 
 
 def test_loadtest_and_validate_say_the_same_without_a_deployment(
@@ -273,12 +299,6 @@ def test_loadtest_and_validate_say_the_same_without_a_deployment(
     error = refused(config)
     assert isinstance(error, LacksError)
     assert (error.cause, error.fix) == (other.value.cause, other.value.fix)
-
-
-def deployment(phase: str) -> Callable[[str], Any]:
-    from trtkit.deploy.deployment import Deployment
-
-    return lambda name: Deployment(name, "local", phase, "127.0.0.1", 1, 2, 3, "/r", ("ensemble",), "/l", 0.0)
 
 
 def test_an_interrupted_run_is_shown_and_exits_with_130(config: str, monkeypatch: pytest.MonkeyPatch) -> None:

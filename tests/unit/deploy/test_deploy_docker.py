@@ -30,7 +30,9 @@ def config(**deploy: Any) -> BuildConfig:
 def engine(tmp_path: Path) -> Path:
     folder = tmp_path / "an engine, with: marks"
     folder.mkdir()
-    (folder / "config.json").write_text('{"pretrained_config": {}, "build_config": {}}')
+    config = {"version": "1.2.1", "pretrained_config": {"mapping": {}}, "build_config": {}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "rank0.engine").write_bytes(b"1")
     return folder
 
 

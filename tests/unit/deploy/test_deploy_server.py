@@ -99,8 +99,7 @@ def test_many_processes_may_prepare_at_once(embedded: Path) -> None:
     assert sorted(path.name for path in target.parent.iterdir()) == ["libtriton_python.so", STUB]
 
 
-@pytest.mark.parametrize("asked", [True, False], ids=["asked for", "read-only"])
-def test_a_private_copy(embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: bool) -> None:
+def test_a_private_copy(embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     install = server._install
 
@@ -109,15 +108,14 @@ def test_a_private_copy(embedded: Path, tmp_path: Path, monkeypatch: pytest.Monk
             raise PermissionError(13, "Permission denied")
         install(source, target)
 
-    if not asked:  # the tests may run as root, whom no permission stops
-        monkeypatch.setattr(server, "_install", read_only)
-    copy = prepared(find_server(str(embedded / "bin" / "tritonserver")), private=asked)
+    monkeypatch.setattr(server, "_install", read_only)  # the tests may run as root, whom no permission stops
+    copy = prepared(find_server(str(embedded / "bin" / "tritonserver")))
     assert copy.backends is not None
     assert copy.backends.is_relative_to(tmp_path / "cache")
     assert sorted(path.name for path in (copy.backends / "python").iterdir()) == ["libtriton_python.so", STUB]
     assert not (embedded / "backends" / "python" / STUB).exists()
     assert copy.library_path[-1] == embedded.parent.parent / "nvidia_pytriton.libs"
-    again = prepared(find_server(str(embedded / "bin" / "tritonserver")), private=True)
+    again = prepared(find_server(str(embedded / "bin" / "tritonserver")))
     assert again.backends == copy.backends
 
 

@@ -10,7 +10,11 @@ import pytest
 from trtkit.deploy import engine_mount
 from trtkit.errors import InputError
 
-ENGINE = {"pretrained_config": {"architecture": "LlamaForCausalLM"}, "build_config": {}}
+ENGINE = {
+    "version": "1.2.1",
+    "pretrained_config": {"architecture": "LlamaForCausalLM", "mapping": {}},
+    "build_config": {},
+}
 
 
 def repository(root: Path, text: str) -> Path:
@@ -27,6 +31,7 @@ def looking_at(root: Path, path: str) -> Path:
 def engine(root: Path, config: object = ENGINE) -> Path:
     (root / "engine").mkdir()
     (root / "engine" / "config.json").write_text(json.dumps(config))
+    (root / "engine" / "rank0.engine").write_bytes(b"1")
     return root / "engine"
 
 
@@ -67,8 +72,19 @@ def test_another_place(tmp_path: Path) -> None:
 
 
 def test_an_unreadable_config(tmp_path: Path) -> None:
+    models = repository(tmp_path, 'backend: "python"\nnonsense: {')
+    with pytest.raises(InputError, match=r"config\.pbtxt:2: .*no field named"):
+        engine_mount.check(models, None, None)
+    (models / "tensorrt_llm" / "config.pbtxt").write_bytes(b"\xff")
     with pytest.raises(InputError, match=r"cannot read .*config\.pbtxt"):
-        engine_mount.check(repository(tmp_path, "nonsense: {"), None, None)
+        engine_mount.check(models, None, None)
+
+
+def test_an_engine_without_a_rank(tmp_path: Path) -> None:
+    models, folder = looking_at(tmp_path, "/engines"), engine(tmp_path)
+    (folder / "rank0.engine").unlink()
+    with pytest.raises(InputError, match=r"rank0\.engine is missing or empty"):
+        engine_mount.check(models, folder, "/engines")
 
 
 @pytest.mark.parametrize(

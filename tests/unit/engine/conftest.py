@@ -19,7 +19,7 @@ IMAGE = "nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3"
 
 @pytest.fixture
 def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
-    """`make_checkpoint(tp=1, pp=1, architecture=...)` writes a checkpoint with one tensor per rank."""
+    """`make_checkpoint(tp=1, pp=1, architecture=...)` writes a checkpoint with two tensors per rank."""
 
     def make(*, tp: int = 1, pp: int = 1, architecture: str = "LlamaForCausalLM", name: str = "checkpoint") -> Path:
         folder = tmp_path / name
@@ -32,7 +32,8 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
         }  # fmt: skip
         (folder / "config.json").write_text(json.dumps(config))
         for rank in range(tp * pp):
-            save_file({"lm_head.weight": np.full((8, 4), rank, np.float16)}, folder / f"rank{rank}.safetensors")
+            tensors = {"lm_head.weight": np.full((8, 4), rank, np.float16), "ln_f.weight": np.ones(4, np.float16)}
+            save_file(tensors, folder / f"rank{rank}.safetensors")
         return folder
 
     return make

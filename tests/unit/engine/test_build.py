@@ -17,7 +17,7 @@ import yaml
 from trtkit import build
 from trtkit.config import BuildConfig
 from trtkit.config_file import parse_config
-from trtkit.engine.result import read_engine
+from trtkit.engine_files import read_engine
 from trtkit.errors import InputError, TrtkitError
 from trtkit.store import ArtifactStore
 

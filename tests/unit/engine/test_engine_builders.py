@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from trtkit.config import BuildConfig, CheckpointConfig, DeployConfig, EngineConfig, ModelConfig
 from trtkit.docker_cli import Mount
 from trtkit.engine.builders import MANIFEST, BuildCommand, compile_into, plan_build, run_build
-from trtkit.engine.result import read_engine
+from trtkit.engine_files import read_engine
 from trtkit.errors import InputError, LacksError, TrtkitError
 
 MakeCheckpoint = Callable[..., Path]
@@ -69,7 +69,7 @@ def test_local_plan_is_one_command_that_a_shell_would_understand(tmp_path: Path)
         "trtllm-build", "--checkpoint_dir", str(Path("relative").absolute()), "--output_dir", f"{tmp_path}/e n",
     ]  # fmt: skip
     assert shlex.split(command.line) == ["PYTHONUNBUFFERED=1", *command.argv]
-    assert (command.image, command.mounts) == (None, [])
+    assert command.image is None
 
 
 def test_docker_plan_spells_out_everything() -> None:
@@ -81,7 +81,6 @@ def test_docker_plan_spells_out_everything() -> None:
         f"--workdir /tmp {IMAGE} trtllm-build --checkpoint_dir /checkpoint --output_dir /engine "
         "--output_timing_cache /engine/model.cache --workers 2 "
     )
-    assert plan.mounts == [Mount(Path("/c"), "/checkpoint", True), Mount(Path("/e"), "/engine", False)]
 
 
 def test_planning_changes_nothing_and_needs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,10 +341,23 @@ def test_read_engine_names_what_is_wrong(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=cause):
             read_engine(tmp_path)
 
-    expect("cannot read .*config.json")
-    for text in ("[]", "{}", '{"version": "1.2.1"}', "3", "{"):
+    expect("holds no engine: no config.json in it")
+    for text, cause in (("[]", "something else"), ("3", "something else"), ("{}", "something else")):
         (tmp_path / "config.json").write_text(text)
-        expect("config.json")
+        expect(f"holds {cause} and no engine")
+    (tmp_path / "config.json").write_text('{"architecture": "x"}')
+    expect("holds a checkpoint and no engine")
+    for text in ("{", "[" * 100_000):
+        (tmp_path / "config.json").write_text(text)
+        expect("cannot read .*config.json")
+    for version, pretrained in ((3, {"mapping": {}}), ("1", []), ("1", {"mapping": []}), ("1", {})):
+        whole = {"version": version, "pretrained_config": pretrained, "build_config": {}}
+        (tmp_path / "config.json").write_text(json.dumps(whole))
+        expect("is no engine's")
+    for size in ([2], 0, -1, "2", None, True, 1.5):
+        whole = {"version": "1", "pretrained_config": {"mapping": {"tp_size": size}}, "build_config": {}}
+        (tmp_path / "config.json").write_text(json.dumps(whole))
+        expect("mapping.tp_size is .*, no positive integer")
     mapping = {"tp_size": 2, "pp_size": 1, "world_size": 2}
     config = {"version": "1.2.1", "pretrained_config": {"mapping": mapping}, "build_config": {}}
     (tmp_path / "config.json").write_text(json.dumps(config))

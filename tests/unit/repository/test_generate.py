@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from trtkit import pbtxt
 from trtkit.cli.repo import command
 from trtkit.config import BuildConfig
 from trtkit.config_file import load_config, parse_config
 from trtkit.errors import CheckFailedError, InputError
-from trtkit.repository import pbtxt
 from trtkit.repository.generate import MARKER, Files, is_generated, render_repository, write_repository
 from trtkit.repository.lint import lint_repository
 
@@ -228,7 +228,10 @@ def config_file(tmp_path: Path, source: Path) -> Path:
 def test_cli_generate_and_lint(config_file: Path, tmp_path: Path) -> None:
     checkpoint, out = tmp_path / "checkpoint", tmp_path / "out"
     checkpoint.mkdir()
-    (checkpoint / "config.json").write_text('{"mapping": {"world_size": 1}}')
+    sizes = dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"), 4)
+    sizes |= dict.fromkeys(("num_key_value_heads", "head_size", "intermediate_size", "max_position_embeddings"), 4)
+    config = {"architecture": "LlamaForCausalLM", "dtype": "float16", **sizes, "mapping": {}}
+    (checkpoint / "config.json").write_text(json.dumps(config))
     (checkpoint / "rank0.safetensors").write_bytes(b"")
     dry = run("generate", config_file, "--checkpoint", checkpoint, "-o", out, "--dry-run", "--json")
     assert dry.exit_code == 0
@@ -298,3 +301,32 @@ def test_the_example_repository_is_what_the_generator_makes() -> None:
         " --model-path-in-container /models/checkpoint"
     )
     assert not any(str(ROOT).encode() in content for content in expected.values())
+
+
+def test_cli_looks_into_the_store_that_is_named(
+    make_source: Any, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trtkit.cli.build import command as build
+
+    monkeypatch.setenv("TRTKIT_STORE", str(tmp_path / "default"))
+    file, store = tmp_path / "c.yaml", tmp_path / "store"
+    file.write_text(f"name: t\nmodel: {{source: {make_source()}}}\nserving: {{runtime: reference}}\n")
+    built = CliRunner().invoke(build, [str(file), "--store", str(store), "--json"])
+    assert built.exit_code == 0, built.output
+    arguments = ["generate", file, "--tokenizer", source, "-o", tmp_path / "out"]
+    lacking = run(*arguments).exception
+    assert isinstance(lacking, InputError) and "no finished checkpoint" in lacking.cause
+    assert run(*arguments, "--store", store).exit_code == 0
+    (checkpoint,) = [Path(one["checkpoint"]) for one in json.loads(built.stdout)]
+    assert checkpoint.is_relative_to(store)
+    assert f'string_value: "{checkpoint}"' in (tmp_path / "out" / "tensorrt_llm" / "config.pbtxt").read_text()
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "engine"])
+def test_cli_refuses_a_folder_of_something_else(kind: str, config_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    for text in (None, "{}", "[1]"):
+        if text is not None:
+            (tmp_path / "other" / "config.json").write_text(text)
+        error = run("generate", config_file, f"--{kind}", tmp_path / "other", "-o", tmp_path / "out").exception
+        assert isinstance(error, InputError) and str(tmp_path / "other") in error.cause

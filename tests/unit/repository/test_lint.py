@@ -25,13 +25,17 @@ def repository(source: Path, tmp_path: Path) -> Path:
     """A repository without findings, for an engine of two ranks."""
     engine = tmp_path / "engine"
     engine.mkdir()
-    (engine / "config.json").write_text(json.dumps({"pretrained_config": {"mapping": {"world_size": 2}}}))
+    (engine / "config.json").write_text(engine_config({"world_size": 2, "tp_size": 2}))
     for rank in range(2):
-        (engine / f"rank{rank}.engine").write_bytes(b"")
+        (engine / f"rank{rank}.engine").write_bytes(b"1")
     config = parse_config("name: t\nmodel: {source: x}\nserving: {max_batch_size: 8, preferred_batch_size: [4]}\n")
     out = tmp_path / "repository"
     write_repository(render_repository(config, tokenizer_dir=source, engine_dir=engine), out)
     return out
+
+
+def engine_config(mapping: object) -> str:
+    return json.dumps({"version": "1.2.1", "pretrained_config": {"mapping": mapping}, "build_config": {}})
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,20 @@ def as_reference(path: str) -> Callable[[Path], None]:
         edit(LLM, r'(key: "gpt_model_path".*?string_value: )"[^"]*"', rf'\1"{path}"')(repository)
         edit(LLM, "gpt_model_path", "checkpoint_dir")(repository)
         write("tensorrt_llm/1/model.py", "class TritonPythonModel:\n    pass\n")(repository)
+
+    return apply
+
+
+def checkpoint_with(world_size: object) -> Callable[[Path], None]:
+    """Puts a checkpoint without ranks beside the version folder of the engine model."""
+    sizes = dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"), 4)
+    sizes |= dict.fromkeys(("num_key_value_heads", "head_size", "intermediate_size", "max_position_embeddings"), 4)
+    mapping = {"world_size": world_size, "tp_size": 2}
+    config = {"architecture": "LlamaForCausalLM", "dtype": "float16", **sizes, "mapping": mapping}
+
+    def apply(repository: Path) -> None:
+        (repository / LLM / "checkpoint").mkdir()
+        write(f"{LLM}/checkpoint/config.json", json.dumps(config))(repository)
 
     return apply
 
@@ -216,6 +234,13 @@ CASES = [
     Case("TK132", remove("postprocessing/1/tokenizer"), "postprocessing/1/tokenizer/tokenizer.json"),
     Case("TK133", remove("../engine/rank1.engine"), "rank1.engine"),
     Case("TK133", remove("../engine/config.json"), "config.json"),
+    Case("TK133", write("../engine/rank0.engine", ""), "rank0.engine"),
+    Case("TK133", write("../engine/config.json", engine_config({"tp_size": [2]})), "engine/config.json"),
+    Case("TK133", write("../engine/config.json", engine_config([2])), "engine/config.json"),
+    Case("TK133", write("../engine/config.json", "[" * 100_000), "engine/config.json"),
+    Case("TK133", both(checkpoint_with([2]), as_reference("../checkpoint")), "checkpoint/config.json"),
+    Case("TK133", both(checkpoint_with({"a": 1}), as_reference("../checkpoint")), "checkpoint/config.json"),
+    Case("TK133", both(checkpoint_with(2), as_reference("../checkpoint")), "rank0.safetensors"),
     Case("TK134", edit(LLM, "inflight_fused_batching", "inflight"), "tensorrt_llm/config.pbtxt:"),
     Case("TK134", edit(LLM, "guaranteed_no_evict", "no_evict"), "tensorrt_llm/config.pbtxt:"),
     Case("TK134", edit(LLM, 'string_value: "0.9"', 'string_value: "1.5"'), "tensorrt_llm/config.pbtxt:"),

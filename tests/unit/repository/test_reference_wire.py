@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trtkit.errors import InputError
-from trtkit.repository import contract
+from trtkit import contract
 from trtkit.repository.models.reference import wire
 from trtkit.repository.models.reference.generation import Generation, SamplingParams
 

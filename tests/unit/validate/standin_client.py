@@ -22,7 +22,7 @@ def config_of(name: str, expected: Any, *, decoupled: bool) -> dict[str, Any]:
     def tensors(kind: str) -> list[dict[str, Any]]:
         return [
             {"name": t.name, "data_type": f"TYPE_{t.dtype}", "dims": list(t.dims)}
-            | ({"optional": t.need != "required"} if kind == "input" else {})
+            | ({"optional": t.optional} if kind == "input" else {})
             for t in (expected.inputs if kind == "input" else expected.outputs)
         ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,8 @@ def test_a_check_that_is_asked_for_must_run(
 ) -> None:
     code, out, err = trtkit(capsys, "--url", "grpc://x:1", *args, "--json")
     assert code == 2 and cause in err
-    assert not out or json.loads(out)["passed"] is False
+    answer = json.loads(out)
+    assert answer["passed"] is False if "passed" in answer else answer["error"]["exit_code"] == 2
 
 
 def config_file(folder: Path) -> str:
@@ -117,10 +119,17 @@ def test_a_config_finds_its_running_deployment(
         "shm_prefix": "s",
         "exit_timeout_s": 1,
     }
-    state.write(state.make_folder("my-model"), record)
+    folder = state.make_folder("my-model")
+    state.write(folder, record)
+    lock = state.acquire(folder)  # as its supervisor holds it
+    assert lock is not None
     code, out, _ = trtkit(capsys, *args)
     assert code == 0, out
     assert urls == ["grpc://127.0.0.1:12", "http://127.0.0.1:11"]
+    os.close(lock)
+    assert trtkit(capsys, *args)[0] == 3, "a record whose supervisor died is no running deployment"
+    state.write(folder, record | {"phase": "running", "target": "docker", "container": "c", "stop_timeout_s": 1})
+    assert trtkit(capsys, *args)[0] == 0
     state.write(state.folder_of("my-model"), record | {"phase": "stopped"})
     assert trtkit(capsys, *args)[0] == 3
 

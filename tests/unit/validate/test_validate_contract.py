@@ -22,7 +22,9 @@ async def test_a_server_that_keeps_the_contract(client: StandInClient) -> None:
     found = await contract.check(SUBJECT, [client])
     assert found.outcome == "passed" and found.findings == ()
     assert "4 models ready" in found.detail
-    assert found.figures["tensors"] > 35
+    tables = [contract.TEXT, contract.ENGINE, *contract.STEPS.values()]
+    assert [(len(table.inputs), len(table.outputs)) for table in tables] == [(16, 1), (13, 2), (4, 3), (2, 1)]
+    assert found.figures["tensors"] == 42
 
 
 async def test_more_optional_inputs_and_more_outputs_are_fine(client: StandInClient) -> None:

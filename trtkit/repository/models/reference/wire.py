@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from trtkit import contract
 from trtkit.errors import InputError
 from trtkit.repository.models.reference.generation import Generation, SamplingParams, Word
 
@@ -26,29 +27,7 @@ LEAST_DIVISOR = 1e-6
 
 _KNOWN_IDS = "send ids that the model's own tokenizer makes"
 
-INPUTS = (
-    "input_ids",
-    "input_lengths",
-    "request_output_len",
-    "end_id",
-    "pad_id",
-    "stop_words_list",
-    "bad_words_list",
-    "temperature",
-    "runtime_top_k",
-    "runtime_top_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "min_tokens",
-    "seed",
-    "streaming",
-    "exclude_input_in_output",
-    "stop",
-    "return_log_probs",
-    "beam_width",
-    "num_return_sequences",
-)
+INPUTS = tuple(tensor.name for tensor in contract.llm_inputs(reference=True))
 
 
 @dataclass(frozen=True)

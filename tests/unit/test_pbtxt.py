@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trtkit.errors import InputError
-from trtkit.repository import contract, pbtxt
-from trtkit.repository.contract import Tensor
+from trtkit import contract, pbtxt
+from trtkit.contract import Tensor
 
 
 def small(**changes: object) -> pbtxt.Any:

@@ -1,4 +1,5 @@
-"""The tensors of the four models in an LLM repository, as data.
+"""The tensors of the four models in an LLM repository, as data: what the generator writes, clients send, the
+`reference` runtime reads and the validator looks for.
 
 Names, types and shapes are those of NVIDIA's inflight_batcher_llm repository (tensorrtllm_backend v0.20,
 `all_models/inflight_batcher_llm/*/config.pbtxt`), so clients written for it work unchanged. Text only: the multimodal,
@@ -35,6 +36,11 @@ class Tensor:
     ragged: bool = False
     reference: bool = False
 
+    @property
+    def wire_dtype(self) -> str:
+        """The dtype as requests name it: the KServe protocol says BYTES where config.pbtxt says STRING."""
+        return "BYTES" if self.dtype == "STRING" else self.dtype
+
 
 @dataclass(frozen=True)
 class Step:
@@ -45,20 +51,20 @@ class Step:
     outputs: dict[str, str]
 
 
-def _need(name: str, dtype: str, *dims: int) -> Tensor:
-    return Tensor(name, dtype, dims or (1,))
+def _need(name: str, dtype: str, *dims: int, reference: bool = False) -> Tensor:
+    return Tensor(name, dtype, dims or (1,), reference=reference)
 
 
 def _may(name: str, dtype: str, *dims: int) -> Tensor:
     return Tensor(name, dtype, dims or (1,), optional=True)
 
 
-def _scalar(name: str, dtype: str) -> Tensor:
-    return Tensor(name, dtype, optional=True, scalar=True)
+def _scalar(name: str, dtype: str, *, reference: bool = False) -> Tensor:
+    return Tensor(name, dtype, optional=True, scalar=True, reference=reference)
 
 
-def _ragged(name: str, dtype: str, *dims: int) -> Tensor:
-    return Tensor(name, dtype, dims or (1,), optional=True, ragged=True)
+def _ragged(name: str, dtype: str, *dims: int, reference: bool = False) -> Tensor:
+    return Tensor(name, dtype, dims or (1,), optional=True, ragged=True, reference=reference)
 
 
 PREPROCESSING_INPUTS = (
@@ -87,53 +93,45 @@ POSTPROCESSING_INPUTS = (
 )
 POSTPROCESSING_OUTPUTS = (_need("OUTPUT", "STRING", -1),)
 
-_REFERENCE_NAMES = """
-    input_ids input_lengths request_output_len end_id pad_id stop_words_list bad_words_list temperature runtime_top_k
-    runtime_top_p repetition_penalty presence_penalty frequency_penalty min_tokens seed streaming
-    exclude_input_in_output stop return_log_probs beam_width num_return_sequences output_ids sequence_length
-    cum_log_probs output_log_probs batch_index sequence_index
-"""
-_REFERENCE = frozenset(_REFERENCE_NAMES.split())
-
 _LLM_INPUTS = (
-    _ragged("input_ids", "INT32", -1),
+    _ragged("input_ids", "INT32", -1, reference=True),
     _ragged("encoder_input_features", "FP16", -1, -1),
     _scalar("encoder_output_lengths", "INT32"),
-    Tensor("input_lengths", "INT32", scalar=True),
-    Tensor("request_output_len", "INT32", scalar=True),
-    _scalar("num_return_sequences", "INT32"),
+    Tensor("input_lengths", "INT32", scalar=True, reference=True),
+    Tensor("request_output_len", "INT32", scalar=True, reference=True),
+    _scalar("num_return_sequences", "INT32", reference=True),
     _ragged("draft_input_ids", "INT32", -1),
     _ragged("decoder_input_ids", "INT32", -1),
     _scalar("decoder_input_lengths", "INT32"),
     _ragged("draft_logits", "LOGITS", -1, -1),
     _scalar("draft_acceptance_threshold", "FP32"),
-    _scalar("end_id", "INT32"),
-    _scalar("pad_id", "INT32"),
-    _ragged("stop_words_list", "INT32", 2, -1),
-    _ragged("bad_words_list", "INT32", 2, -1),
+    _scalar("end_id", "INT32", reference=True),
+    _scalar("pad_id", "INT32", reference=True),
+    _ragged("stop_words_list", "INT32", 2, -1, reference=True),
+    _ragged("bad_words_list", "INT32", 2, -1, reference=True),
     _ragged("embedding_bias", "FP32", -1),
-    _scalar("beam_width", "INT32"),
-    _scalar("temperature", "FP32"),
-    _scalar("runtime_top_k", "INT32"),
-    _scalar("runtime_top_p", "FP32"),
+    _scalar("beam_width", "INT32", reference=True),
+    _scalar("temperature", "FP32", reference=True),
+    _scalar("runtime_top_k", "INT32", reference=True),
+    _scalar("runtime_top_p", "FP32", reference=True),
     _scalar("runtime_top_p_min", "FP32"),
     _scalar("runtime_top_p_decay", "FP32"),
     _scalar("runtime_top_p_reset_ids", "INT32"),
     _scalar("len_penalty", "FP32"),
     _scalar("early_stopping", "BOOL"),
-    _scalar("repetition_penalty", "FP32"),
-    _scalar("min_tokens", "INT32"),
+    _scalar("repetition_penalty", "FP32", reference=True),
+    _scalar("min_tokens", "INT32", reference=True),
     _scalar("beam_search_diversity_rate", "FP32"),
-    _scalar("presence_penalty", "FP32"),
-    _scalar("frequency_penalty", "FP32"),
-    _scalar("seed", "UINT64"),
-    _scalar("return_log_probs", "BOOL"),
+    _scalar("presence_penalty", "FP32", reference=True),
+    _scalar("frequency_penalty", "FP32", reference=True),
+    _scalar("seed", "UINT64", reference=True),
+    _scalar("return_log_probs", "BOOL", reference=True),
     _scalar("return_context_logits", "BOOL"),
     _scalar("return_generation_logits", "BOOL"),
     _scalar("return_perf_metrics", "BOOL"),
-    _scalar("exclude_input_in_output", "BOOL"),
-    _scalar("stop", "BOOL"),
-    _scalar("streaming", "BOOL"),
+    _scalar("exclude_input_in_output", "BOOL", reference=True),
+    _scalar("stop", "BOOL", reference=True),
+    _scalar("streaming", "BOOL", reference=True),
     _ragged("prompt_embedding_table", "FP16", -1, -1),
     _ragged("prompt_table_extra_ids", "UINT64", -1),
     _scalar("prompt_vocab_size", "INT32"),
@@ -158,14 +156,14 @@ _LLM_INPUTS = (
     _ragged("lookahead_verification_set_size", "INT32"),
 )
 _LLM_OUTPUTS = (
-    _need("output_ids", "INT32", -1, -1),
-    _need("sequence_length", "INT32", -1),
-    _need("cum_log_probs", "FP32", -1),
-    _need("output_log_probs", "FP32", -1, -1),
+    _need("output_ids", "INT32", -1, -1, reference=True),
+    _need("sequence_length", "INT32", -1, reference=True),
+    _need("cum_log_probs", "FP32", -1, reference=True),
+    _need("output_log_probs", "FP32", -1, -1, reference=True),
     _need("context_logits", "LOGITS", -1, -1),
     _need("generation_logits", "LOGITS", -1, -1, -1),
-    _need("batch_index", "INT32"),
-    _need("sequence_index", "INT32"),
+    _need("batch_index", "INT32", reference=True),
+    _need("sequence_index", "INT32", reference=True),
     _need("context_phase_params", "UINT8", -1),
     _need("kv_cache_alloc_new_blocks", "INT32"),
     _need("kv_cache_reused_blocks", "INT32"),
@@ -290,12 +288,8 @@ def llm_outputs(*, reference: bool = False, logits_dtype: str = "FP32") -> tuple
 
 
 def _select(tensors: tuple[Tensor, ...], reference: bool, logits_dtype: str) -> tuple[Tensor, ...]:
-    marked = (
-        replace(
-            tensor,
-            dtype=logits_dtype if tensor.dtype == "LOGITS" else tensor.dtype,
-            reference=tensor.name in _REFERENCE,
-        )
+    return tuple(
+        replace(tensor, dtype=logits_dtype) if tensor.dtype == "LOGITS" else tensor
         for tensor in tensors
+        if tensor.reference or not reference
     )
-    return tuple(tensor for tensor in marked if tensor.reference or not reference)
