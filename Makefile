@@ -24,7 +24,7 @@ install: $(VENV)/installed
 # The marker is written last, so an interrupted installation is done again.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[local,torch,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[local,torch,test,peer]'
 	touch $@
 
 # The load-test report is tested in a real browser. Root on a Debian-like system gets one here, others are told how.

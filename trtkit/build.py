@@ -16,7 +16,7 @@ from trtkit.checkpoint import open_checkpoint
 from trtkit.config import BuildConfig
 from trtkit.convert.plan import Plan
 from trtkit.convert.source import plan_conversion
-from trtkit.convert.readback import verify
+from trtkit.convert.verify import verify
 from trtkit.convert.conversion import write_checkpoint
 from trtkit.engine.builders import BuildCommand, compile_into, plan_build
 from trtkit.errors import CheckFailedError, InputError
@@ -118,7 +118,9 @@ def run(
             name = result.first_difference
             raise CheckFailedError(f"the checkpoint differs from its source in '{name}'", "check disk and memory")
 
-    checkpoint_dir, checkpoint_reused = store.build("checkpoint", planned.checkpoint_inputs, make_checkpoint)
+    checkpoint_dir, checkpoint_reused = store.build(
+        "checkpoint", planned.checkpoint_inputs, make_checkpoint, resume=True
+    )
     if planned.command is None or planned.engine_inputs is None:
         return Built(checkpoint_dir, checkpoint_reused, None, False)
     command, identity = planned.command, digest(planned.checkpoint_inputs)

@@ -21,9 +21,9 @@ from trtkit.checkpoint import open_checkpoint
 from trtkit.client.api import GenerateRequest, connect
 from trtkit.config import BuildConfig
 from trtkit.config_file import load_config, ready_made_configs
-from trtkit.convert.source import plan_conversion
-from trtkit.convert.readback import verify
 from trtkit.convert.conversion import convert
+from trtkit.convert.source import plan_conversion
+from trtkit.convert.verify import verify
 from trtkit.deploy import state
 from trtkit.deploy.deployment import Deployment
 from trtkit.deploy.local import ServerSpec, down, running_server, status, up

@@ -202,7 +202,7 @@ class Reader:
         return self.elements(entry, 0, math.prod(entry.shape)).reshape(entry.shape)
 
     def strided(self, entry: TensorEntry, start: int, rows: int, stride: int, length: int) -> npt.NDArray[Any]:
-        """`rows` runs of `length` elements, `stride` elements apart, from flat index `start`; shape `(rows, length)`."""
+        """`rows` runs of `length` elements, `stride` apart, from flat index `start`; shape `(rows, length)`."""
         out = np.empty((rows, length), dtype=entry.dtype)
         size = entry.dtype.itemsize
         for row, buffer in enumerate(out.view(np.uint8)):

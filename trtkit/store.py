@@ -1,8 +1,8 @@
 """Where finished work lives: folders that appear whole or not at all, and a store of artifacts named by their inputs.
 
 A folder under construction is a sibling `.NAME.tmp-XXXX` (or `.NAME.partial-KEY`, if an interrupted run can go on with
-it), locked (flock) by the process that fills it and published by rename. So a crash leaves the old state or the new one,
-and the next run recognises what a dead one left.
+it), locked (flock) by the process that fills it and published by rename. So a crash leaves the old state or the new
+one, and the next run recognises what a dead one left.
 """
 
 from __future__ import annotations

@@ -129,10 +129,21 @@ def test_demo_refuses_a_folder_that_is_not_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize("round_number", range(5))
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
 def test_killed_at_a_random_moment(
-    number: signal.Signals, round_number: int, finished: dict[str, Any], tmp_path: Path, record_property: Any
+    number: signal.Signals,
+    round_number: int,
+    finished: dict[str, Any],
+    tmp_path: Path,
+    record_property: Any,
+    request: pytest.FixtureRequest,
 ) -> None:
-    moment = random.SystemRandom().uniform(0.05, 0.95) * finished["seconds"]
-    record_property("moment", f"{number.name} after {moment:.2f} s of about {finished['seconds']:.1f} s")
+    """The moment follows from the seed of the whole run, which pytest-randomly prints at its beginning, and from the
+    name of the test: `--randomly-seed=N` kills at the same share of the demo's length again."""
+    seed = f"{request.config.getoption('randomly_seed', 0)} {request.node.name}"
+    share = random.Random(seed).uniform(0.05, 0.95)
+    moment = share * finished["seconds"]
+    told = f"{number.name} after {moment:.2f} s of about {finished['seconds']:.1f} s ({share:.1%}, seed '{seed}')"
+    record_property("moment", told)
+    print(told)  # noqa: T201 - shown where the test fails
     process = demo(tmp_path / "out", tmp_path / "state")
     try:
         process.wait(timeout=moment)

@@ -159,6 +159,7 @@ def test_what_the_installed_transformers_writes(name: str, tmp_path: Path) -> No
     ("raw", "theta", "scaling"),
     [
         ({}, 10000.0, None),
+        ({"model_type": "gemma3_text"}, 1e6, None),
         ({"rope_theta": None, "rope_scaling": {}, "rope_parameters": {}}, 10000.0, None),
         ({"rope_scaling": {"rope_type": "default"}, "rope_theta": 5.0}, 5.0, None),
         # Both spellings at once, as files that shall serve both versions have it: transformers 5 reads the older.

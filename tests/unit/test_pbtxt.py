@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trtkit.errors import InputError
 from trtkit import contract, pbtxt
 from trtkit.contract import Tensor
+from trtkit.errors import InputError
 
 
 def small(**changes: object) -> pbtxt.Any:

@@ -46,7 +46,7 @@ def _attention_bias(config: Config) -> bool:
 
 
 def _inner_norms(config: Config) -> bool:
-    return bool(config["inter_layernorms"])
+    return config["architecture"] in (_GEMMA2, _GEMMA3)
 
 
 def _query_norms(config: Config) -> bool:

@@ -44,9 +44,7 @@ def _mlp_bias(config: Config) -> bool:
 WEIGHTS = (
     embedding("model.embed_tokens.weight"),
     replicated(f"{_TRT}input_layernorm.weight", f"{_HF}input_layernorm.weight", "hidden"),
-    separate_qkv(
-        f"{_TRT}attention.qkv.weight", *(f"{_HF}self_attn.{which}_proj.weight" for which in "qkv"), "hidden"
-    ),
+    separate_qkv(f"{_TRT}attention.qkv.weight", *(f"{_HF}self_attn.{which}_proj.weight" for which in "qkv"), "hidden"),
     separate_qkv(
         f"{_TRT}attention.qkv.bias", *(f"{_HF}self_attn.{which}_proj.bias" for which in "qkv"), when=_attention_bias
     ),

@@ -50,9 +50,7 @@ WEIGHTS = (
         "first",
     ),
     *layer_norm(f"{_TRT}input_layernorm", f"{_HF}self_attn_layer_norm"),
-    separate_qkv(
-        f"{_TRT}attention.qkv.weight", *(f"{_HF}self_attn.{which}_proj.weight" for which in "qkv"), "hidden"
-    ),
+    separate_qkv(f"{_TRT}attention.qkv.weight", *(f"{_HF}self_attn.{which}_proj.weight" for which in "qkv"), "hidden"),
     separate_qkv(f"{_TRT}attention.qkv.bias", *(f"{_HF}self_attn.{which}_proj.bias" for which in "qkv")),
     row(f"{_TRT}attention.dense.weight", f"{_HF}self_attn.out_proj.weight", "hidden", "q"),
     replicated(f"{_TRT}attention.dense.bias", f"{_HF}self_attn.out_proj.bias", "hidden"),

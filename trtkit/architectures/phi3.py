@@ -126,6 +126,7 @@ def huggingface_config(config: Config) -> dict[str, Any]:
         "rms_norm_eps": config["norm_epsilon"],
         "tie_word_embeddings": config["tie_word_embeddings"],
         "sliding_window": config.get("sliding_window"),
+        "pad_token_id": None,  # the default is no token of smaller vocabularies
     }
     if config["position_embedding_type"] == "long_rope":
         result["original_max_position_embeddings"] = config["original_max_position_embeddings"]

@@ -42,9 +42,7 @@ def _has_bias(config: Config) -> bool:
 WEIGHTS = (
     embedding("model.embed_tokens.weight"),
     *layer_norm(f"{_TRT}input_layernorm", f"{_HF}input_layernorm"),
-    separate_qkv(
-        f"{_TRT}attention.qkv.weight", *(f"{_HF}self_attn.{which}_proj.weight" for which in "qkv"), "hidden"
-    ),
+    separate_qkv(f"{_TRT}attention.qkv.weight", *(f"{_HF}self_attn.{which}_proj.weight" for which in "qkv"), "hidden"),
     separate_qkv(
         f"{_TRT}attention.qkv.bias", *(f"{_HF}self_attn.{which}_proj.bias" for which in "qkv"), when=_has_bias
     ),

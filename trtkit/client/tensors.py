@@ -36,6 +36,7 @@ _FORMATS = {
 }
 """Triton dtype -> `struct` format; the same letters, little-endian, name the numpy dtypes."""
 
+
 @dataclass(frozen=True)
 class Tensor:
     """One named input of a request.

@@ -133,9 +133,7 @@ def write_checkpoint(
     """Like `convert`, into an existing folder that the caller publishes. What an interrupted call of the same plan,
     source and options left there is kept."""
     options = options or Options()
-    if not (folder / PROGRESS).is_file():
-        for leftover in folder.iterdir():  # of a run that was stopped before its first note, or of what was replaced
-            leftover.unlink()
+    _clean(folder)
     progress = Progress.read(folder)
     done = sum(plan.rank_bytes(rank) for rank in progress.finished)
     total = sum(plan.rank_bytes(rank) for rank in range(len(plan.ranks)))
@@ -210,8 +208,11 @@ class Progress:
         """Notes ranks that are on the disk."""
         self.finished |= written.files
         self.report.add(written.report)
-        known = {found.tensor for found in self.non_finite}
-        self.non_finite += [found for found in written.non_finite if found.tensor not in known]
+        first = {found.tensor: found for found in self.non_finite}
+        for found in written.non_finite:
+            if found.tensor not in first or found.index < first[found.tensor].index:
+                first[found.tensor] = found
+        self.non_finite = sorted(first.values(), key=lambda found: found.tensor)
         self.stage, self.unit, self.unit_report = -1, -1, CastReport()
         self._write(sync=sync)
 
@@ -281,6 +282,14 @@ def _write_stage(
     progress.finish(written, sync=options.sync)
 
 
+def _clean(folder: Path) -> None:
+    """Removes what no run can go on with: half-written notes, and everything where there are none."""
+    noted = (folder / PROGRESS).is_file()
+    for leftover in folder.iterdir():
+        if not noted or leftover.name.startswith("."):
+            leftover.unlink()
+
+
 def _finish(plan: Plan, source: Source, folder: Path, options: Options, progress: Progress) -> None:
     """Writes config.json and the manifest."""
     config = (json.dumps(plan.config, indent=2) + "\n").encode()
@@ -292,7 +301,7 @@ def _finish(plan: Plan, source: Source, folder: Path, options: Options, progress
         "source": source.identity(),
         "options": _manifest_options(plan, options),
         "report": asdict(progress.report),
-        "non_finite": [asdict(found) for found in sorted(progress.non_finite, key=lambda found: found.tensor)],
+        "non_finite": [asdict(found) for found in progress.non_finite],
         "files": {name: asdict(record) for name, record in files.items()},
     }
     atomic_write(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")

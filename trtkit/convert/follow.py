@@ -21,8 +21,8 @@ from trtkit.safetensors_io import DTYPES, Writer
 
 READ_BYTES = 4 << 20
 
-_SPECIAL_EXPONENT = {"F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80), "F32": (np.uint32, 0x7F800000)}
-"""Dtype -> its bits as an integer, and the smallest magnitude that is infinite (larger ones are NaN)."""
+_INFINITY = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000}
+"""Dtype -> bits of positive infinity; NaNs are above it."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Follower:
         self._files = {rank: _File(plan.ranks[rank], writer) for rank, writer in writers.items()} if checksum else {}
         self._condition = threading.Condition()
         self._unit = -1
-        self._stopped = False
+        self._stop = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="trtkit-checksum", daemon=True)
 
@@ -68,8 +68,8 @@ class Follower:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._stop.set()
         with self._condition:
-            self._stopped = True
             self._condition.notify()
         if self._checksum:
             self._thread.join()
@@ -97,15 +97,12 @@ class Follower:
             unit = -1
             while True:
                 with self._condition:
-                    self._condition.wait_for(lambda: self._stopped or self._unit > unit)
-                    if self._stopped:
-                        return
+                    self._condition.wait_for(lambda: self._stop.is_set() or self._unit > unit)
                     unit = self._unit
                 for file in self._files.values():
-                    for found in file.follow(unit):
-                        self.non_finite.append(found)
-                    if self._stopped:
+                    if self._stop.is_set():
                         return
+                    self.non_finite += file.follow(unit)
                 with self._condition:
                     self._condition.notify()
         except BaseException as error:
@@ -155,13 +152,13 @@ class _File:
         while position < len(self._tensors) and self._starts[position] < stop:
             tensor, first = self._tensors[position], self._starts[position]
             low, high = max(first, start), min(self._ends[position], stop)
-            integer, infinite = _SPECIAL_EXPONENT[tensor.dtype]
-            bits = np.frombuffer(data, integer, (high - low) // DTYPES[tensor.dtype].itemsize, low - start)
-            mask = integer(np.iinfo(integer).max >> 1)
-            if len(bits) and (bits & mask).max() >= infinite:
-                element = int(np.flatnonzero((bits & mask) >= infinite)[0])
-                value = "NaN" if bits[element] & mask > infinite else "infinity"
-                found += self._name(tensor, (low - first) // integer().itemsize + element, value)
+            infinity, size = _INFINITY[tensor.dtype], DTYPES[tensor.dtype].itemsize
+            bits = np.frombuffer(data, f"u{size}", (high - low) // size, low - start)
+            magnitudes = bits & ((1 << 8 * size - 1) - 1)
+            if magnitudes.max(initial=0) >= infinity:
+                element = int(np.flatnonzero(magnitudes >= infinity)[0])
+                value = "NaN" if magnitudes[element] > infinity else "infinity"
+                found += self._name(tensor, (low - first) // size + element, value)
             position += 1
         return found
 

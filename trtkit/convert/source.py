@@ -121,7 +121,7 @@ def _unstack(name: str, entry: TensorEntry, layouts: tuple[Stacked, ...]) -> lis
             continue
         experts, rows, columns = entry.shape
         shape = (rows // len(layout.names), columns)
-        parts = []
+        parts: list[tuple[str, TensorEntry]] = []
         for expert in range(experts):
             for template in layout.names:
                 start = entry.start + len(parts) * shape[0] * shape[1] * entry.dtype.itemsize

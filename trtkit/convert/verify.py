@@ -154,7 +154,9 @@ def check_layout(checkpoint: Checkpoint, plan: Plan) -> None:
                     )
 
 
-def _compare(reader: Reader, entry: TensorEntry, checkpoint: Checkpoint, place: Placement, result: Verification) -> None:
+def _compare(
+    reader: Reader, entry: TensorEntry, checkpoint: Checkpoint, place: Placement, result: Verification
+) -> None:
     piece, target = place.piece, checkpoint.ranks[place.rank][place.tensor.name]
     report = CastReport()
     for raw, found in _blocks(reader, entry, target, piece):
@@ -201,7 +203,8 @@ def _read_box(reader: Reader, entry: TensorEntry, view: tuple[int, ...], box: Bo
     start = sum(low * stride for (low, _), stride in zip(box[: axis + 1], strides, strict=False))
     rows = box[axis][1] - box[axis][0]
     around = reader.elements(entry, start, rows * strides[axis]).reshape(rows, *view[axis + 1 :])
-    inside = around[(slice(None), *(slice(*bounds) for bounds in box[axis + 1 :]))]
+    where = (slice(None), *(slice(*bounds) for bounds in box[axis + 1 :]))
+    inside = around[where]
     return inside.reshape([high - low for low, high in box])
 
 

@@ -26,7 +26,7 @@ INSIDE = (8000, 8001, 8002)
 
 LABEL = "trtkit.deployment"
 START_LABEL = "trtkit.start"
-"""Its value is the token of one start: only a container that carries it is ours to stop and remove, whatever its name."""
+"""Its value is the token of one start: what carries it is ours to stop and remove, whatever its name."""
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 

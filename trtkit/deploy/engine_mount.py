@@ -27,7 +27,8 @@ def check(repository: Path, engine: Path | None, target: str | None) -> list[Fin
         fix = "make one with `trtkit repo generate`"
         findings.append(Finding("TK761", "warning", str(repository), f"no model repository at {repository}", fix))
     if engine is not None and not engine.is_dir():
-        findings.append(Finding("TK762", "warning", str(engine), f"no engine at {engine}", "compile one with `trtkit build`"))
+        fix = "compile one with `trtkit build`"
+        findings.append(Finding("TK762", "warning", str(engine), f"no engine at {engine}", fix))
     elif engine is not None:
         read_engine(engine)
     config = repository / "tensorrt_llm" / "config.pbtxt"

@@ -238,7 +238,8 @@ def _ranks(key: str, folder: Path) -> Iterator[Finding]:
         yield finding("TK133", str(folder / "config.json"), error.cause, error.fix)
         return
     if missing is not None:
-        yield finding("TK133", str(missing), "the file is missing or empty, and config.json has its rank", "build it again")
+        cause = "the file is missing or empty, and config.json has its rank"
+        yield finding("TK133", str(missing), cause, "build it again")
 
 
 def _backend_values(model: Model, values: dict[str, str]) -> Iterator[Finding]:

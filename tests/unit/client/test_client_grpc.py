@@ -53,6 +53,7 @@ class Triton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mis
         self.requests: list[Any] = []
         self.calls: list[str] = []
         self.asked = asyncio.Event()
+        self.pausing = asyncio.Event()
         self.cancelled = asyncio.Event()
 
     async def _answer(self, request: Any, context: Any) -> AsyncIterator[Any]:
@@ -61,6 +62,7 @@ class Triton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mis
         for answer in self.answers:
             if isinstance(answer, float):
                 try:
+                    self.pausing.set()
                     await asyncio.sleep(answer)
                 except asyncio.CancelledError:
                     self.cancelled.set()
@@ -207,8 +209,7 @@ async def test_closing_a_stream_early_cancels() -> None:
 async def test_cancelling_the_task_cancels() -> None:
     async with serving(text("a"), 30.0) as (triton, client):
         task = asyncio.create_task(client.generate(GenerateRequest("x")))
-        await asyncio.wait_for(triton.asked.wait(), 10)
-        await asyncio.sleep(0.05)
+        await asyncio.wait_for(triton.pausing.wait(), 10)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

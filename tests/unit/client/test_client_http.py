@@ -46,22 +46,26 @@ class Server:
     def __init__(self, answers: dict[str, Pieces]) -> None:
         self.answers = {"/v2/models/ensemble/config": answer(CONFIG)} | answers
         self.requests: list[tuple[str, Any]] = []
-        self.asked = asyncio.Event()
         self.hung_up = asyncio.Event()
         self.connections = 0
         self.open = 0
+        self.all_closed = asyncio.Event()
+        self.all_closed.set()
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
         self.open += 1
+        self.all_closed.clear()
         try:
             while await self._serve_one(reader, writer):
                 pass
         except (ConnectionError, asyncio.IncompleteReadError):
             self.hung_up.set()
         finally:
-            self.open -= 1
             writer.close()
+            self.open -= 1
+            if not self.open:
+                self.all_closed.set()
 
     async def _serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
@@ -69,8 +73,6 @@ class Server:
         headers = {line.split(":")[0].lower(): line.split(":", 1)[1].strip() for line in head[1:] if line}
         body = await reader.readexactly(int(headers.get("content-length", 0)))
         self.requests.append((path, json.loads(body) if body else None))
-        if "generate" in path:
-            self.asked.set()
         for piece in self.answers.get(path, answer({"error": "no such thing"}, "404 Not Found")):
             if piece is None:
                 return False
@@ -95,11 +97,7 @@ async def serving(**answers: Pieces) -> AsyncIterator[tuple[Server, LLMClient]]:
     try:
         async with connect(f"http://127.0.0.1:{port}") as client:
             yield state, client
-        for _ in range(200):
-            if not state.open:
-                break
-            await asyncio.sleep(0.01)
-        assert not state.open, "the client left a connection open"
+        await asyncio.wait_for(state.all_closed.wait(), 10)  # else the client left a connection open
     finally:
         server.close()
 
@@ -175,9 +173,14 @@ async def test_closing_a_stream_early_hangs_up() -> None:
 
 async def test_cancelling_the_task_hangs_up() -> None:
     async with serving(generate_stream=events(b'data: {"text_output":"a"}\n\n', 30.0)) as (server, client):
-        task = asyncio.create_task(texts(client))
-        await asyncio.wait_for(server.asked.wait(), 10)
-        await asyncio.sleep(0.05)
+        begun = asyncio.Event()
+
+        async def read() -> None:
+            async for _ in client.stream(GenerateRequest("x")):
+                begun.set()
+
+        task = asyncio.create_task(read())
+        await asyncio.wait_for(begun.wait(), 10)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

@@ -184,7 +184,7 @@ def foreign(docker: Path) -> Path:
 def test_a_taken_name_costs_nobody_their_server(docker: Path, models: Path) -> None:
     file = foreign(docker)
     before = file.read_text()
-    with pytest.raises(InputError, match="another container.* is called trtkit-m") as refused:
+    with pytest.raises(InputError, match=r"another container.* is called trtkit-m") as refused:
         target.up(config(), models)
     assert "another --name" in refused.value.fix
     assert file.read_text() == before
@@ -217,7 +217,7 @@ def test_a_log_that_cannot_be_kept_keeps_no_container_alive(
 ) -> None:
     monkeypatch.setenv("STANDIN_FATE", fate)
     (state_folder / "deployments" / "m" / "server.log").mkdir(parents=True)  # a folder is no file to write to
-    with pytest.raises((CheckFailedError, LacksError), match="exited|not ready|could not start"):
+    with pytest.raises((CheckFailedError, LacksError), match=r"exited|not ready|could not start"):
         target.up(config(ready_timeout_s=0.5), models)
     assert list((docker / "containers").iterdir()) == []
     assert target.status("m").phase == "failed"

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trtkit.errors import InputError
 from trtkit import contract
+from trtkit.errors import InputError
 from trtkit.repository.models.reference import wire
 from trtkit.repository.models.reference.generation import Generation, SamplingParams
 
