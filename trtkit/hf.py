@@ -18,7 +18,7 @@ from trtkit.hub import FILES, NOT_FILES, download
 from trtkit.safetensors_io import TensorEntry, header_bytes, read_header
 from trtkit.untrusted import is_name, printable, read_json, unreadable
 
-__all__ = ["Source", "eos_token_ids", "is_hub_id", "is_ignored", "normalize_config", "open_source", "read_config"]
+__all__ = ["Source", "eos_token_ids", "is_hub_id", "normalize_config", "open_source", "read_config"]
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -50,28 +50,29 @@ class Source:
     def identity(self) -> dict[str, Any]:
         """What tells this source from another, without reading its weights.
 
-        A commit of the hub is the same everywhere, so a source from there is known by its commit and the files' names
-        and sizes. Of a local folder only the file system knows whether a file is still the one it was: two fine-tunes
-        of a model can agree in names, sizes, times and even headers, but not in device, inode and ctime.
+        A commit of the hub and a listing of a bucket are the same everywhere, so a source from there is known by them
+        and the files' names and sizes. Of a local folder only the file system knows whether a file is still the one it
+        was: two fine-tunes of a model can agree in names, sizes, times and even headers, but not in device, inode and
+        ctime.
 
         Raises:
             InputError: a file is gone or unreadable.
         """
         files = sorted({entry.path for entry in self.tensors.values()})
-        hub = self.origin.startswith("hub:")
+        named = not self.origin.startswith("file:")
         seen: list[Any] = []
         try:
             config = (self.path / "config.json").read_bytes()
             for file in files:
                 stat = file.stat()
                 seen.append([file.name, stat.st_size])
-                if not hub:
+                if not named:
                     header = hashlib.sha256(header_bytes(file)[0]).hexdigest()
                     seen[-1] += [stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns, header]
         except OSError as error:
             raise unreadable(Path(error.filename or self.path), error) from error
         return {
-            **({"origin": self.origin} if hub else {}),
+            **({"origin": self.origin} if named else {}),
             "config_sha256": hashlib.sha256(config).hexdigest(),
             "files_sha256": hashlib.sha256(json.dumps(seen).encode()).hexdigest(),
         }
@@ -151,11 +152,6 @@ def eos_token_ids(path: Path) -> list[int]:
         if values:
             return values
     return []
-
-
-def is_ignored(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a source tensor matches one of an architecture's `ignored` patterns."""
-    return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
 def _open_tensors(path: Path) -> dict[str, TensorEntry]:

@@ -18,14 +18,14 @@ import torch
 from tritonclient import grpc
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
+from trtkit import contract, pbtxt
 from trtkit.config import CheckpointConfig
-from trtkit.convert.source import plan_conversion
-from trtkit.convert.readback import load_transformers_model
 from trtkit.convert.conversion import convert
+from trtkit.convert.readback import load_transformers_model
+from trtkit.convert.source import plan_conversion
 from trtkit.deploy.local import running_server
 from trtkit.errors import CheckFailedError
 from trtkit.hf import open_source
-from trtkit import contract, pbtxt
 from trtkit.repository.models import reference
 
 pytestmark = [pytest.mark.server, pytest.mark.xdist_group("reference_server")]

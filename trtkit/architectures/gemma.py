@@ -60,9 +60,7 @@ def _norm(name: str, source: str, extent: str = "hidden", **options: Any) -> Wei
 WEIGHTS = (
     embedding("model.embed_tokens.weight"),
     _norm(f"{_TRT}input_layernorm.weight", f"{_HF}input_layernorm.weight"),
-    separate_qkv(
-        f"{_TRT}attention.qkv.weight", *(f"{_HF}self_attn.{which}_proj.weight" for which in "qkv"), "hidden"
-    ),
+    separate_qkv(f"{_TRT}attention.qkv.weight", *(f"{_HF}self_attn.{which}_proj.weight" for which in "qkv"), "hidden"),
     separate_qkv(
         f"{_TRT}attention.qkv.bias", *(f"{_HF}self_attn.{which}_proj.bias" for which in "qkv"), when=_attention_bias
     ),
@@ -71,15 +69,11 @@ WEIGHTS = (
     row(f"{_TRT}attention.dense.weight", f"{_HF}self_attn.o_proj.weight", "hidden", "q"),
     replicated(f"{_TRT}attention.dense.bias", f"{_HF}self_attn.o_proj.bias", "hidden", when=_attention_bias),
     _norm(f"{_TRT}post_layernorm.weight", f"{_HF}post_attention_layernorm.weight"),
-    _norm(
-        f"{_TRT}pre_feedforward_layernorm.weight", f"{_HF}pre_feedforward_layernorm.weight", when=_inner_norms
-    ),
+    _norm(f"{_TRT}pre_feedforward_layernorm.weight", f"{_HF}pre_feedforward_layernorm.weight", when=_inner_norms),
     column(f"{_TRT}mlp.fc.weight", f"{_HF}mlp.gate_proj.weight", "intermediate", "hidden"),
     column(f"{_TRT}mlp.gate.weight", f"{_HF}mlp.up_proj.weight", "intermediate", "hidden"),
     row(f"{_TRT}mlp.proj.weight", f"{_HF}mlp.down_proj.weight", "hidden", "intermediate"),
-    _norm(
-        f"{_TRT}post_feedforward_layernorm.weight", f"{_HF}post_feedforward_layernorm.weight", when=_inner_norms
-    ),
+    _norm(f"{_TRT}post_feedforward_layernorm.weight", f"{_HF}post_feedforward_layernorm.weight", when=_inner_norms),
     _norm("transformer.ln_f.weight", "model.norm.weight", stage="last"),
     *lm_head("lm_head.weight", "model.embed_tokens.weight"),
 )

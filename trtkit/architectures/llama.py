@@ -34,11 +34,11 @@ _TRT = "transformer.layers.{layer}."
 
 
 def _attention_bias(config: Config) -> bool:
-    return bool(config["attn_bias"])
+    return bool(config.get("attn_bias"))
 
 
 def _mlp_bias(config: Config) -> bool:
-    return bool(config["mlp_bias"])
+    return bool(config.get("mlp_bias"))
 
 
 WEIGHTS = (

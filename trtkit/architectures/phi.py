@@ -46,9 +46,7 @@ WEIGHTS = (
     embedding("model.embed_tokens.weight"),
     replicated(f"{_TRT}input_layernorm.weight", f"{_HF}input_layernorm.weight", "hidden"),
     replicated(f"{_TRT}input_layernorm.bias", f"{_HF}input_layernorm.bias", "hidden"),
-    separate_qkv(
-        f"{_TRT}attention.qkv.weight", *(f"{_HF}self_attn.{which}_proj.weight" for which in "qkv"), "hidden"
-    ),
+    separate_qkv(f"{_TRT}attention.qkv.weight", *(f"{_HF}self_attn.{which}_proj.weight" for which in "qkv"), "hidden"),
     separate_qkv(f"{_TRT}attention.qkv.bias", *(f"{_HF}self_attn.{which}_proj.bias" for which in "qkv")),
     row(f"{_TRT}attention.dense.weight", f"{_HF}self_attn.dense.weight", "hidden", "q"),
     replicated(f"{_TRT}attention.dense.bias", f"{_HF}self_attn.dense.bias", "hidden"),

@@ -93,8 +93,13 @@ def _long_rope(hf: Config, config: Config) -> dict[str, Any]:
     count = int(config["head_size"] * config["rotary_pct"]) // 2
     for key in ("short_factor", "long_factor"):
         if len(scaling[key]) != count:
-            raise unexpected(key, f"a list of {len(scaling[key])} numbers", f"{count}, half of the rotary dimensions")
+            raise InputError(
+                f"config.json: {key} has {len(scaling[key])} factors, expected one per two rotary dimensions: {count}",
+                "download the file again",
+            )
     original = integer(scaling, "original_max_position_embeddings")
+    if original == 1:
+        raise unexpected("original_max_position_embeddings", original, "more than one position")
     extension = config["max_position_embeddings"] / original
     suggested = math.sqrt(1 + math.log(extension) / math.log(original)) if extension > 1 else 1.0
     factor = number(scaling, "factor", extension)

@@ -34,6 +34,7 @@ from trtkit.architectures.settings import (
     unexpected,
 )
 from trtkit.errors import InputError
+from trtkit.untrusted import printable
 
 HF = "model.layers.{layer}."
 TRT = "transformer.layers.{layer}."
@@ -181,8 +182,9 @@ def window_config(hf: Config, unlisted: Callable[[Config], list[int]]) -> dict[s
     """The checkpoint keys of sliding windows, none where no layer has one.
 
     TRT-LLM takes windows at run time, one per layer (max_attention_window_size); here they are notes for whoever sets
-    that. The layers must not be called `layer_types` as in Hugging Face's config: the C++ runtime reads that key of
-    an engine's config and refuses kinds other than its own (cpp/tensorrt_llm/runtime/gptJsonConfig.cpp).
+    that. The layers are not called `layer_types` as in Hugging Face's config, since TRT-LLM's runtimes read that key as
+    kinds of their own: the Python one counts layers of type `attention` (tensorrt_llm/runtime/generation.py), the C++
+    one warns of the others (cpp/tensorrt_llm/runtime/gptJsonConfig.cpp).
 
     Args:
         unlisted: gives the layers that have a window where the config does not list them.
@@ -200,7 +202,7 @@ def window_config(hf: Config, unlisted: Callable[[Config], list[int]]) -> dict[s
         other = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
         if other:
             raise InputError(
-                f"config.json: layer type {other[0]!r} is not one that TRT-LLM's {hf['architectures'][0]} runs",
+                f"config.json: layer type {printable(repr(other[0]))} is not one that TRT-LLM's {hf['architectures'][0]} runs",
                 "known: full_attention, sliding_attention",
             )
         windowed = [layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"]

@@ -225,10 +225,10 @@ def lm_head(source: str, tied_source: str) -> tuple[Weight, Weight]:
     """
 
     def tied(config: Config) -> bool:
-        return bool(config["tie_word_embeddings"])
+        return bool(config.get("tie_word_embeddings"))
 
     def untied(config: Config) -> bool:
-        return not config["tie_word_embeddings"]
+        return not config.get("tie_word_embeddings")
 
     def weight(name: str, when: Callable[[Config], bool]) -> Weight:
         return Weight("lm_head.weight", (Part(name, ("vocab", "hidden"), "vocab"),), "last", when)

@@ -7,6 +7,7 @@ from typing import Any
 
 from trtkit.architectures.rules import Config
 from trtkit.errors import InputError
+from trtkit.untrusted import printable
 
 ROPE_TYPES = ("linear", "dynamic", "llama3", "yarn", "longrope")
 """Kinds of rope scaling that TRT-LLM runs (tensorrt_llm/functional.py, RotaryScalingType)."""
@@ -63,12 +64,13 @@ def must_be(hf: Config, key: str, wanted: Any, default: Any = None) -> None:
         value = default
     if value != wanted:
         raise InputError(
-            f"config.json: TRT-LLM's {hf['architectures'][0]} does not run {key} {value!r}", f"only {wanted!r}"
+            f"config.json: TRT-LLM's {hf['architectures'][0]} does not run {key} {printable(repr(value))}",
+            f"only {wanted!r}",
         )
 
 
 def unexpected(key: str, value: Any, wanted: str) -> InputError:
-    return InputError(f"config.json: {key} is {value!r}, expected {wanted}", "download the file again")
+    return InputError(f"config.json: {key} is {printable(repr(value))}, expected {wanted}", "download the file again")
 
 
 def _number(hf: Config, key: str, default: float | None, kinds: tuple[type, ...], wanted: str) -> float:

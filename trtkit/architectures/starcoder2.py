@@ -60,6 +60,8 @@ WEIGHTS = (
 
 def checkpoint_config(hf: Config) -> dict[str, Any]:
     must_be(hf, "partial_rotary_factor", 1.0, default=1.0)
+    scaling = hf["rope_scaling"] or {}
+    must_be({**hf, "rope_type": scaling.get("rope_type")}, "rope_type", "linear", default="linear")
     config = {
         **decoder_config(hf),
         **rope_config(hf),

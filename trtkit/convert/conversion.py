@@ -298,7 +298,7 @@ def _finish(plan: Plan, source: Source, folder: Path, options: Options, progress
     files |= {rank_file(rank): progress.finished[rank] for rank in sorted(progress.finished)}
     manifest = {
         "producer": {"name": "trtkit", "version": __version__},
-        "source": source.identity(),
+        "source": {"origin": source.origin, **source.identity()},
         "options": _manifest_options(plan, options),
         "report": asdict(progress.report),
         "non_finite": [asdict(found) for found in progress.non_finite],

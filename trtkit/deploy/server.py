@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import trtkit
+from trtkit.deploy import interpreter
 from trtkit.errors import InputError, LacksError, missing_extra
 
 STUB = "triton_python_backend_stub"
@@ -74,25 +74,28 @@ def find_server(tritonserver: str | None = None) -> Server:
 
 def prepared(server: Server) -> Server:
     """The server with the stub for this Python in its python backend's folder: the original folder, or a copy in the
-    user's cache where that cannot be written. Safe to run several times at once.
+    user's cache where that cannot be written; and with a Python that finds trtkit. Safe to run several times at once.
 
     Raises:
-        LacksError: the copy cannot be written either.
+        LacksError: the copy, or what leads to trtkit, cannot be written either.
     """
-    if server.stub is None or server.backends is None:
+    stub, backends = server.stub, server.backends
+    if stub is None or backends is None:
         return server
+    if folders := interpreter.unseen():
+        server = replace(server, path=(interpreter.make(folders, _cache()), *server.path))
     try:
-        _install(server.stub, server.backends / "python" / STUB)
+        _install(stub, backends / "python" / STUB)
     except OSError:  # read-only site-packages, or another user's
-        return _private_copy(server, server.stub, server.backends)
+        return _private_copy(server, stub, backends)
     return server
 
 
 def _private_copy(server: Server, stub: Path, backends: Path) -> Server:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    """The server with its python backend in the user's cache."""
     # One copy per installation and Python: size and time of the library change with the package.
     library = (backends / "python" / "libtriton_python.so").stat()
-    copy = cache / "trtkit" / "backends" / f"py{stub.parent.name}-{library.st_size:x}-{library.st_mtime_ns:x}"
+    copy = _cache() / "trtkit" / "backends" / f"py{stub.parent.name}-{library.st_size:x}-{library.st_mtime_ns:x}"
     try:
         for source in sorted((backends / "python").iterdir()):
             if source.is_file() and source.name != STUB:
@@ -126,27 +129,14 @@ def environment(server: Server, extra: Mapping[str, str], pass_names: Sequence[s
     chosen["PATH"] = os.pathsep.join(dict.fromkeys(path))
     if libraries:
         chosen["LD_LIBRARY_PATH"] = os.pathsep.join(dict.fromkeys(libraries))
-    if modules := _import_path():
-        chosen["PYTHONPATH"] = os.pathsep.join(modules)
     # Serving reads what is on disk: a tokenizer that is missing shall fail at once and not be fetched.
     chosen |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     chosen |= {name: os.environ[name] for name in pass_names if name in os.environ}
     return chosen | dict(extra)
 
 
-def _import_path() -> list[str]:
-    """Folders that python models need on PYTHONPATH to import what this process imports, trtkit for one.
-
-    These are the caller's own (an install with `pip install --target` is found through nothing else), and trtkit's
-    where only the folder that this process was started in led to it. Site-packages is not put there: ahead of the
-    standard library, an old backport in it would take the place of a module.
-    """
-    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    folders = [str(Path(folder).absolute()) for folder in given if folder]
-    own = Path(trtkit.__file__).parents[1]
-    if own.resolve() not in {Path(folder).resolve() for folder in sys.path[1:] if folder}:
-        folders.append(str(own))
-    return list(dict.fromkeys(folders))
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def _installed(binary: Path) -> Server:

@@ -236,7 +236,7 @@ def test_the_manifest_tells_what_was_made_of_what(make_source: Any, tmp_path: Pa
     convert(plan_conversion(opened, LAYOUT), opened, tmp_path / "out")
     manifest = json.loads((tmp_path / "out" / "conversion.json").read_text())
     assert manifest["producer"]["name"] == "trtkit"
-    assert manifest["source"] == opened.identity()
+    assert manifest["source"] == {"origin": f"file:{source}", **opened.identity()}
     assert manifest["options"] == {
         "dtype": "float16", "tp": 2, "pp": 2, "ep": 1, "parallel_embedding": "vocab", "saturate": False,
         "checksum": True,

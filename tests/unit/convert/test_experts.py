@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from trtkit import architectures, hf
 from trtkit.checkpoint import open_checkpoint
 from trtkit.config import CheckpointConfig
+from trtkit.convert.cast import Array
 from trtkit.convert.conversion import convert
 from trtkit.convert.plan import PlannedTensor, plan_checkpoint
 from trtkit.convert.readback import load_transformers_model
@@ -202,7 +203,7 @@ def planned(model_type: str, config: dict[str, Any], tp: int, ep: int) -> Any:
     return plan_checkpoint(checkpoint_config(source, CheckpointConfig(tp=tp, ep=ep, dtype="float32")))
 
 
-def filled(tensor: PlannedTensor, sources: dict[str, np.ndarray]) -> np.ndarray:
+def filled(tensor: PlannedTensor, sources: dict[str, Array]) -> Array:
     """A planned tensor's values; what no piece covers is NaN."""
     values = np.full(tensor.shape, np.nan)
     for piece in tensor.pieces:
@@ -241,13 +242,13 @@ def test_experts_are_shared_out_whatever_their_number(
         kind: np.stack([sources[f"model.layers.1.{place}.experts.{i}.{kind}.weight"] for i in range(experts)])
         for kind in (activated, other, back)
     }
-    shards: dict[str, list[np.ndarray]] = {"fc": [], "proj": []}
+    shards: dict[str, list[Array]] = {"fc": [], "proj": []}
     for rank in plan.ranks:
         for kind, found in shards.items():
             tensor = next(t for t in rank if t.name == f"transformer.layers.1.mlp.{kind}.weight")
             found.append(filled(tensor, sources))
 
-    def whole(kind: str, axis: int) -> np.ndarray:
+    def whole(kind: str, axis: int) -> Array:
         """All experts, from the ranks: those of one moe_tp_rank follow one another, blocks of experts within them."""
         rows = [np.concatenate(shards[kind][first : first + ep]) for first in range(0, tp, ep)]
         halves = [np.split(row, 2, axis=1) for row in rows] if kind == "fc" else [[row] for row in rows]

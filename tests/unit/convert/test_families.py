@@ -101,7 +101,8 @@ PHI_LIKE = {**LLAMA_LIKE, "hidden_size": 64, "num_key_value_heads": 8}
 PHI_ROPE = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.25}
 PHI3_LIKE = {**LLAMA_LIKE, "hidden_size": 64, "pad_token_id": 0}
 LONG_ROPE = {
-    "rope_type": "longrope", "rope_theta": 500.0, "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 3.0, 5.0, 7.0],
+    "rope_type": "longrope", "rope_theta": 500.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 3.0, 5.0, 7.0],
 }  # fmt: skip
 CASES: dict[str, Case] = {
     "llama": Case("llama", LLAMA_LIKE),
@@ -184,6 +185,9 @@ CASES: dict[str, Case] = {
     "gpt-neox-tied": Case("gpt_neox", {**GPT_NEOX_LIKE, "hidden_act": "gelu_fast", "tie_word_embeddings": True}),
     "starcoder2": Case("starcoder2", LLAMA_LIKE),
     "starcoder2-untied": Case("starcoder2", {**LLAMA_LIKE, "use_bias": False, "tie_word_embeddings": False}),
+    "starcoder2-linear-rope": Case(
+        "starcoder2", {**LLAMA_LIKE, "rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}}
+    ),
     "starcoder2-window": Case("starcoder2", {**LLAMA_LIKE, "sliding_window": 8, "hidden_act": "gelu"}),
     "gemma": Case("gemma", GEMMA_LIKE),
     "gemma-mqa": Case("gemma", {**GEMMA_LIKE, "num_key_value_heads": 1}),

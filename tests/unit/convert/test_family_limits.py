@@ -17,17 +17,34 @@ SIZES = {
     "num_attention_heads": 8,
     "max_position_embeddings": 64,
 }
+ROTARY = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 96, "rms_norm_eps": 1e-6}
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 BASES: dict[str, dict[str, Any]] = {
     "BloomForCausalLM": {"vocab_size": 131, "n_embed": 64, "n_layer": 4, "num_attention_heads": 8},
     "FalconForCausalLM": SIZES,
+    "GemmaForCausalLM": ROTARY,
+    "Gemma2ForCausalLM": ROTARY,
+    "Gemma3ForCausalLM": ROTARY,
     "GPT2LMHeadModel": {"vocab_size": 131, "n_embd": 64, "n_layer": 4, "n_head": 8, "n_positions": 64},
     "GPTNeoXForCausalLM": {**SIZES, "intermediate_size": 256},
     "OPTForCausalLM": {**SIZES, "ffn_dim": 96},
+    "Phi3ForCausalLM": {**ROTARY, "hidden_act": "silu"},
+    "PhiForCausalLM": {**SIZES, "intermediate_size": 96, "hidden_act": "gelu_new"},
     "Starcoder2ForCausalLM": {**SIZES, "intermediate_size": 96},
+    "MixtralForCausalLM": {**ROTARY, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "Qwen2ForCausalLM": ROTARY,
+    "Qwen2MoeForCausalLM": {**ROTARY, **MIXTURE, "shared_expert_intermediate_size": 40},
+    "Qwen3ForCausalLM": ROTARY,
+    "Qwen3MoeForCausalLM": {**ROTARY, **MIXTURE},
 }
 """The least that a config of each architecture must say."""
 NEW_FALCON = {"new_decoder_architecture": True}
 LINEAR_ROPE = {"type": "linear", "factor": 2.0}
+YARN_ROPE = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+WINDOW = {"use_sliding_window": True, "sliding_window": 8}
+LONG_ROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+MIXED = ["full_attention", "sliding_attention", "full_attention", "full_attention"]
+EXTENDED = {"original_max_position_embeddings": 16}
 LIMITS: list[tuple[str, dict[str, Any], str]] = [
     ("BloomForCausalLM", {"apply_residual_connection_post_layernorm": True}, "does not run apply_residual_connection"),
     ("BloomForCausalLM", {"layer_norm_epsilon": 1e-6}, "does not run layer_norm_epsilon 1e-06"),
@@ -61,11 +78,58 @@ LIMITS: list[tuple[str, dict[str, Any], str]] = [
     ("OPTForCausalLM", {"layer_norm_elementwise_affine": False}, "does not run layer_norm_elementwise_affine False"),
     ("OPTForCausalLM", {"_remove_final_layer_norm": True}, "does not run _remove_final_layer_norm True"),
     ("OPTForCausalLM", {"activation_function": "mish"}, "activation_function is 'mish', expected one of relu"),
+    ("GemmaForCausalLM", {"hidden_act": "silu"}, "does not run hidden_act 'silu'"),
+    ("GemmaForCausalLM", {"hidden_activation": "gelu"}, "does not run hidden_activation 'gelu'"),
+    ("GemmaForCausalLM", {"use_bidirectional_attention": True}, "does not run use_bidirectional_attention True"),
+    ("GemmaForCausalLM", {"rope_scaling": {"type": "other"}}, "rope type 'other' is not one that TRT-LLM runs"),
+    ("Gemma2ForCausalLM", {"attn_logit_softcapping": "50"}, "attn_logit_softcapping is '50', expected a positive"),
+    ("Gemma2ForCausalLM", {"final_logit_softcapping": 0}, "final_logit_softcapping is 0, expected a positive number"),
+    ("Gemma2ForCausalLM", {"query_pre_attn_scalar": 0.5}, "query_pre_attn_scalar is 0.5, expected a positive integer"),
+    ("Gemma2ForCausalLM", {"layer_types": ["full_attention"]}, "expected 4 of sliding_attention and full_attention"),
+    ("Gemma2ForCausalLM", {"layer_types": ["chunked_attention"] * 4}, "expected 4 of sliding_attention and"),
+    ("Gemma3ForCausalLM", {"attn_logit_softcapping": 50.0}, "does not run attn_logit_softcapping 50.0"),
+    ("Gemma3ForCausalLM", {"rope_scaling": LINEAR_ROPE}, "would scale the sliding-window layers too"),
+    ("Gemma3ForCausalLM", {"layer_types": MIXED}, "does not run these layer_types"),
+    ("Gemma3ForCausalLM", {"sliding_window_pattern": 0}, "sliding_window_pattern is 0, expected a positive integer"),
+    ("Phi3ForCausalLM", {"hidden_act": "gelu"}, "does not run hidden_act 'gelu'"),
+    ("Phi3ForCausalLM", {"attention_bias": True}, "does not run attention_bias True"),
+    ("Phi3ForCausalLM", {"head_dim": 16}, "does not run head_dim 16"),
+    ("Phi3ForCausalLM", {"rope_scaling": LINEAR_ROPE}, "does not run rope_type 'linear'"),
+    ("Phi3ForCausalLM", {"rope_scaling": {**LONG_ROPE, "long_factor": [2.0] * 3}}, "long_factor has 3 factors"),
+    ("Phi3ForCausalLM", {"rope_scaling": LONG_ROPE, "original_max_position_embeddings": 1}, "is 1, expected more than"),
+    ("Phi3ForCausalLM", {"rope_scaling": {**LONG_ROPE, "factor": 2.0}, **EXTENDED}, "does not run the factors"),
+    ("Phi3ForCausalLM", {"rope_scaling": {**LONG_ROPE, "attention_factor": 1.1}, **EXTENDED}, "does not run the fac"),
+    ("PhiForCausalLM", {"qk_layernorm": True}, "does not run qk_layernorm True"),
+    ("PhiForCausalLM", {"num_key_value_heads": 2}, "does not run num_key_value_heads 2"),
+    ("PhiForCausalLM", {"layer_norm_eps": 1e-6}, "does not run layer_norm_eps 1e-06"),
+    ("PhiForCausalLM", {"rope_scaling": LINEAR_ROPE}, "does not run rope_scaling"),
+    ("PhiForCausalLM", {"hidden_act": "mish"}, "hidden_act is 'mish', expected one of gelu_new"),
     ("Starcoder2ForCausalLM", {"hidden_act": "relu"}, "hidden_act is 'relu', expected one of gelu_pytorch_tanh"),
     ("Starcoder2ForCausalLM", {"partial_rotary_factor": 0.5}, "does not run partial_rotary_factor 0.5"),
-    ("Starcoder2ForCausalLM", {"rope_scaling": {"type": "other"}}, "rope type 'other' is not one that TRT-LLM runs"),
+    ("Starcoder2ForCausalLM", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "does not run rope_type 'dynamic'"),
+    ("MixtralForCausalLM", {"hidden_act": "gelu"}, "does not run hidden_act 'gelu'"),
+    ("MixtralForCausalLM", {"num_local_experts": 1}, "TRT-LLM runs no mixture of 1 expert"),
+    ("MixtralForCausalLM", {"num_experts_per_tok": 5}, "num_experts_per_tok 5 is more than the 4 experts"),
+    ("MixtralForCausalLM", {"num_local_experts": None}, "num_local_experts is None, expected a positive integer"),
+    ("MixtralForCausalLM", {"sliding_window": 0}, "sliding_window is 0, expected a positive integer"),
+    ("Qwen2ForCausalLM", {"hidden_act": "gelu"}, "does not run hidden_act 'gelu'"),
+    ("Qwen2ForCausalLM", {**WINDOW, "layer_types": ["full_attention"]}, "expected a list of 4 types of layers"),
+    ("Qwen2ForCausalLM", {**WINDOW, "layer_types": ["linear_attention"] * 4}, "layer type 'linear_attention'"),
+    ("Qwen2ForCausalLM", {**WINDOW, "max_window_layers": "all"}, "max_window_layers is 'all', expected a number"),
+    ("Qwen2ForCausalLM", {"rope_scaling": {**YARN_ROPE, "attention_factor": 1.5}}, "it would take 1.13863"),
+    ("Qwen2ForCausalLM", {"rope_scaling": {**YARN_ROPE, "truncate": False}}, "does not run YaRN with truncate False"),
+    ("Qwen2MoeForCausalLM", {"mlp_only_layers": [0]}, "does not run mlp_only_layers [0]"),
+    ("Qwen2MoeForCausalLM", {"decoder_sparse_step": 2}, "does not run decoder_sparse_step 2"),
+    ("Qwen2MoeForCausalLM", {"norm_topk_prob": 1}, "norm_topk_prob is 1, expected true or false"),
+    ("Qwen2MoeForCausalLM", {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size is 0"),
+    ("Qwen3ForCausalLM", {"attention_bias": True}, "does not run attention_bias True"),
+    ("Qwen3MoeForCausalLM", {"attention_bias": True}, "does not run attention_bias True"),
+    ("Qwen3MoeForCausalLM", {"mlp_only_layers": [3]}, "does not run mlp_only_layers [3]"),
 ]
 
+YARN = {
+    **YARN_ROPE, "rope_type": "yarn", "beta_fast": 32, "beta_slow": 1, "mscale": 1, "mscale_all_dim": 0,
+}  # fmt: skip
 KEYS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("BloomForCausalLM", {}, {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 8, "head_size": 8}),
     ("BloomForCausalLM", {}, {"intermediate_size": 256, "max_position_embeddings": 2048, "tie_word_embeddings": True}),
@@ -88,6 +152,27 @@ KEYS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("OPTForCausalLM", {"do_layer_norm_before": False}, {"do_layer_norm_before": False, "max_position_embeddings": 64}),
     ("Starcoder2ForCausalLM", {"num_key_value_heads": 2}, {"num_key_value_heads": 2, "gpt_variant": "starcoder2"}),
     ("Starcoder2ForCausalLM", {"sliding_window": 16}, {"sliding_window": 16, "rotary_pct": 1.0, "bias": True}),
+    ("MixtralForCausalLM", {}, {"moe": {"num_experts": 4, "top_k": 2, "normalization_mode": 1}}),
+    ("MixtralForCausalLM", {}, {"hidden_act": "swiglu", "attn_bias": False, "mlp_bias": False}),
+    ("Qwen2ForCausalLM", {}, {"qwen_type": "qwen2", "attn_bias": True, "mlp_bias": False, "hidden_act": "silu"}),
+    ("Qwen2ForCausalLM", {**WINDOW, "max_window_layers": 3}, {"sliding_window": 8, "sliding_window_layers": [3]}),
+    ("Qwen2ForCausalLM", {"rope_scaling": YARN_ROPE}, {"rotary_scaling": YARN}),
+    (
+        "Qwen2ForCausalLM",
+        {"rope_scaling": {**YARN_ROPE, "attention_factor": 1.138629436, "beta_fast": 16, "mscale": 0.7}},
+        {"rotary_scaling": {**YARN, "beta_fast": 16}},
+    ),
+    (
+        "Qwen2ForCausalLM",
+        {"rope_scaling": {**YARN_ROPE, "mscale": 0.7, "mscale_all_dim": 0.5}},
+        {"rotary_scaling": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.5}},
+    ),
+    ("Qwen2MoeForCausalLM", {}, {"qwen_type": "qwen2_moe", "attn_bias": True, "hidden_act": "swiglu"}),
+    ("Qwen2MoeForCausalLM", {"qkv_bias": False}, {"attn_bias": False, "moe_shared_expert_intermediate_size": 40}),
+    ("Qwen2MoeForCausalLM", {**WINDOW, "max_window_layers": 2}, {"sliding_window_layers": [0]}),
+    ("Qwen3ForCausalLM", {}, {"qwen_type": "qwen3", "attn_bias": False, "head_size": 128}),
+    ("Qwen3MoeForCausalLM", {}, {"qwen_type": "qwen3_moe", "attn_bias": False, "head_size": 8}),
+    ("Qwen3MoeForCausalLM", WINDOW, {"sliding_window": 8, "sliding_window_layers": [0, 1, 2, 3]}),
 ]
 """What a config becomes in the checkpoint's: TRT-LLM builds another model, silently, from a wrong value here."""
 

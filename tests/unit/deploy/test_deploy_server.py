@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -161,17 +160,3 @@ def test_the_environment_is_small_and_without_secrets(monkeypatch: pytest.Monkey
     assert all(found[name] == name.lower() for name in harmless)
     assert "UNRELATED" not in found
     assert "ABSENT" not in found
-
-
-def test_the_server_imports_from_where_this_process_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """An install with `pip install --target` is on PYTHONPATH and nowhere else."""
-    root = str(Path(server.trtkit.__file__).parents[1])
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", ["", "/usr/lib/python3", root])
-    monkeypatch.delenv("PYTHONPATH", raising=False)
-    assert "PYTHONPATH" not in environment(Server(Path("/s")), {})
-    monkeypatch.setenv("PYTHONPATH", f"{root}{os.pathsep}{os.pathsep}here")
-    assert environment(Server(Path("/s")), {})["PYTHONPATH"] == f"{root}{os.pathsep}{tmp_path / 'here'}"
-    monkeypatch.setenv("PYTHONPATH", "/other")
-    monkeypatch.setattr(sys, "path", [root, "/other", "/usr/lib/python3"])  # as in `python -m trtkit` in that folder
-    assert environment(Server(Path("/s")), {})["PYTHONPATH"] == f"/other{os.pathsep}{root}"
