@@ -6,8 +6,9 @@ crash costs only the step that it interrupted.
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,10 @@ def plan(config: BuildConfig, store: ArtifactStore) -> BuildPlan:
         "engine": config.engine.model_dump(exclude={"builder", "workers"}),
         "tensorrt_llm": planned.tensorrt_llm,
         "image": planned.image,
+        "gpus": _gpus(),
     }
     engine_dir = store.path("engine", engine_inputs)
-    command = plan_build(config, checkpoint_dir, engine_dir, architecture=source.architecture)
+    command = replace(planned, engine_dir=engine_dir)
     return BuildPlan(config, source, conversion, checkpoint_inputs, checkpoint_dir, engine_inputs, engine_dir, command)
 
 
@@ -146,6 +148,16 @@ def find(config: BuildConfig, store: ArtifactStore) -> Built:
         missing = "checkpoint" if checkpoint_dir is None else "engine"
         raise InputError(f"'{config.name}' as it is now has no finished {missing}", "run `trtkit build` first")
     return Built(checkpoint_dir, True, engine_dir, engine_dir is not None)
+
+
+def _gpus() -> list[str]:
+    """Kinds of GPU of this machine, for which engines are compiled: name and compute capability. Empty without any."""
+    query = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return sorted({line.strip() for line in done.stdout.splitlines() if line.strip()})
 
 
 def _check_stages(config: BuildConfig, conversion: Plan, tensorrt_llm: str) -> None:

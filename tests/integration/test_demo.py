@@ -21,7 +21,7 @@ import pytest
 from trtkit import hf
 from trtkit.checkpoint import open_checkpoint
 from trtkit.config_file import load_config, ready_made_configs
-from trtkit.convert.readback import verify
+from trtkit.convert.verify import verify
 from trtkit.repository.lint import lint_repository
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.xdist_group("demo")]

@@ -201,8 +201,9 @@ def window_config(hf: Config, unlisted: Callable[[Config], list[int]]) -> dict[s
     elif isinstance(kinds, list) and len(kinds) == layers:
         other = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
         if other:
+            kind = printable(repr(other[0]))
             raise InputError(
-                f"config.json: layer type {printable(repr(other[0]))} is not one that TRT-LLM's {hf['architectures'][0]} runs",
+                f"config.json: layer type {kind} is not one that TRT-LLM's {hf['architectures'][0]} runs",
                 "known: full_attention, sliding_attention",
             )
         windowed = [layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"]

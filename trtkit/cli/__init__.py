@@ -17,6 +17,7 @@ from trtkit import __version__
 VERBS = {
     "demo": ("trtkit.cli.demo", "Everything, on the tiny model, with the embedded Triton server."),
     "config": ("trtkit.cli.config", "List, copy and check build configs."),
+    "inspect": ("trtkit.cli.inspect", "What is in a source, checkpoint, engine or model repository."),
     "convert": ("trtkit.cli.convert", "Convert a Hugging Face checkpoint to a TRT-LLM checkpoint."),
     "verify": ("trtkit.cli.verify", "Read a checkpoint back and compare it with its source."),
     "build": ("trtkit.cli.build", "Convert and compile what a build config describes."),

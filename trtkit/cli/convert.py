@@ -15,23 +15,9 @@ if TYPE_CHECKING:
     from trtkit.convert.plan import Plan
 
 
-def _list_families(context: click.Context, parameter: click.Parameter, value: bool) -> None:
-    if not value or context.resilient_parsing:
-        return
-    from trtkit import architectures
-
-    rows = []
-    for name in architectures.FAMILIES:
-        family = architectures.get(name)
-        sizes = ["TP", *(["PP"] if family.pipeline else []), *(["EP"] if family.has_experts else [])]
-        rows.append((name, " ".join(sizes), family.notes))
-    print_table(["architecture", "parallel", "notes"], rows)
-    context.exit()
-
-
 @click.command("convert")
-@click.argument("source")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("source", required=False)
+@click.argument("out", required=False, type=click.Path(path_type=Path))
 @click.option("--tp", default=1, show_default=True, type=click.IntRange(1, 64), help="Tensor-parallel size.")
 @click.option("--pp", default=1, show_default=True, type=click.IntRange(1, 64), help="Pipeline-parallel size.")
 @click.option(
@@ -65,19 +51,12 @@ def _list_families(context: click.Context, parameter: click.Parameter, value: bo
     metavar="ADDRESS",
     help="Spread the ranks over the nodes of this Ray cluster, which must share SOURCE and OUT (auto: the local one).",
 )
-@click.option(
-    "--list",
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=_list_families,
-    help="Print the supported architectures and exit.",
-)
+@click.option("--list", "list_families", is_flag=True, help="Print the supported architectures and what they allow.")
 @dry_run_option
 @json_option
 def command(
-    source: str,
-    out: Path,
+    source: str | None,
+    out: Path | None,
     tp: int,
     pp: int,
     ep: int,
@@ -89,6 +68,7 @@ def command(
     no_checksum: bool,
     no_sync: bool,
     ray: str | None,
+    list_families: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -103,6 +83,11 @@ def command(
       trtkit convert meta-llama/Llama-3.1-8B ./checkpoint --revision main --tp 2 --pp 2
       trtkit convert ./Mixtral-8x7B ./checkpoint --tp 4 --ep 2 --dry-run
     """
+    if list_families:
+        _print_families(as_json)
+        return
+    if source is None or out is None:
+        raise click.UsageError(f"Missing argument '{'SOURCE' if source is None else 'OUT'}'.")
     from trtkit.convert.conversion import Options, check_target, convert, write_here
     from trtkit.convert.source import Layout, plan_conversion
 
@@ -127,6 +112,22 @@ def command(
     _print(summary | _account(found), plan, as_json)
     if not as_json:
         _print_warnings(found, plan.config["dtype"])
+
+
+def _print_families(as_json: bool) -> None:
+    from trtkit import architectures
+
+    families = [(name, architectures.get(name)) for name in architectures.FAMILIES]
+    if as_json:
+        print_json(
+            [
+                {"architecture": name, "tp": True, "pp": f.pipeline, "ep": f.has_experts, "notes": f.notes or None}
+                for name, f in families
+            ]
+        )
+        return
+    rows = [(name, "yes", "yes" if f.pipeline else "-", "yes" if f.has_experts else "-", f.notes) for name, f in families]
+    print_table(["architecture", "TP", "PP", "EP", "notes"], rows)
 
 
 def _summary(plan: Plan, source_bytes: int, out: Path) -> dict[str, Any]:

@@ -5,53 +5,39 @@ Only configs and headers are read, never weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
 
-from trtkit.errors import InputError
 from trtkit.inspect.checkpoint import CheckpointReport, inspect_checkpoint
+from trtkit.inspect.detect import KINDS, Kind, detect
 from trtkit.inspect.engine import EngineReport, inspect_engine
-from trtkit.inspect.repository import RepositoryReport, inspect_repository, model_folders
+from trtkit.inspect.repository import RepositoryReport, inspect_repository
 from trtkit.inspect.source import SourceReport, inspect_source
-from trtkit.store import MANIFEST
-from trtkit.untrusted import printable, read_json
+from trtkit.inspect.store import StoreReport, inspect_store
 
 __all__ = [
-    "KINDS", "Artifact", "CheckpointReport", "EngineReport", "Kind", "Report", "RepositoryReport", "SourceReport",
-    "StoreReport", "detect", "inspect_folder",
+    "KINDS", "CheckpointReport", "EngineReport", "Kind", "Report", "RepositoryReport", "SourceReport", "StoreReport",
+    "detect", "inspect_folder",
 ]  # fmt: skip
 
-Kind = Literal["source", "checkpoint", "engine", "repository", "store"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """One finished artifact of a store.
-
-    Attributes:
-        path: its folder, relative to the folder that was inspected.
-        made: kind that its manifest gives.
-        created: seconds since 1970; None where the manifest does not say.
-        report: what is in it; None where that cannot be read, and the report's problems say why.
-    """
-
-    path: str
-    made: str | None
-    created: int | None
-    report: CheckpointReport | EngineReport | None
-
-
-@dataclass(frozen=True)
-class StoreReport:
-    """The artifacts of a store, or of one folder in it."""
-
-    path: str
-    artifacts: list[Artifact]
-    problems: list[Any]
-    kind: str = "store"
-
-
 Report = SourceReport | CheckpointReport | EngineReport | RepositoryReport | StoreReport
+
+
+def inspect_folder(path: Path, *, kind: Kind | None = None, origin: str = "") -> Report:
+    """Describes a folder of this machine.
+
+    Args:
+        kind: what to take it for; by default what `detect` finds.
+        origin: where a source is from, if not from this folder.
+
+    Raises:
+        InputError: no folder, nothing of the kind, several things at once, or a damaged config; names the file.
+    """
+    if kind is None:
+        kind = detect(path)
+    if kind == "source":
+        return inspect_source(path, origin)
+    if kind == "checkpoint":
+        return inspect_checkpoint(path)
+    if kind == "engine":
+        return inspect_engine(path)
+    return inspect_repository(path) if kind == "repository" else inspect_store(path)

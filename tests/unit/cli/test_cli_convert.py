@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import safetensors.torch
 
 
@@ -27,7 +28,74 @@ def test_convert_then_verify(make_source: Any, tmp_path: Path) -> None:
 
     done = trtkit("verify", source, tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert "passed: 48 tensors" in done.stdout and "no value was rounded" in done.stdout
+    assert "5 files equal their checksums" in done.stdout
+    assert "48 tensors, 160,832 elements equal the source; no value was rounded" in done.stdout
+
+    done = trtkit("verify", tmp_path / "out")
+    assert (done.returncode, done.stdout) == (0, "passed: 5 files equal their checksums\n")
+    rank = tmp_path / "out" / "rank3.safetensors"
+    rank.write_bytes(rank.read_bytes()[:-1] + b"!")
+    done = trtkit("verify", tmp_path / "out")
+    assert done.returncode == 1 and "rank3.safetensors" in done.stdout
+
+
+def test_verify_without_source_needs_checksums(make_source: Any, tmp_path: Path) -> None:
+    assert trtkit("convert", make_source(), tmp_path / "out", "--no-checksum").returncode == 0
+    done = trtkit("verify", tmp_path / "out")
+    assert done.returncode == 2 and "has no checksums" in done.stderr
+    assert trtkit("verify", "a", "b", "c").returncode == 2
+
+
+def test_list_prints_every_family() -> None:
+    from trtkit.architectures import FAMILIES
+
+    done = trtkit("convert", "--list")
+    assert done.returncode == 0 and all(name in done.stdout for name in FAMILIES)
+    listed = {row["architecture"]: row for row in json.loads(trtkit("convert", "--list", "--json").stdout)}
+    assert listed.keys() == FAMILIES.keys()
+    assert listed["MixtralForCausalLM"]["ep"] and not listed["LlamaForCausalLM"]["ep"]
+    assert not listed["Phi3ForCausalLM"]["pp"]
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("Qwen2VLForConditionalGeneration", ("near relatives: Qwen2ForCausalLM", "runtime `llmapi`")),
+        ("DeepseekV3ForCausalLM", ("runtime `llmapi`", "without conversion")),
+        ("PhiMoEForCausalLM", ("near relatives: PhiForCausalLM",)),
+        ("GPTJForCausalLM", ("GPT2LMHeadModel",)),
+    ],
+)
+def test_an_unsupported_architecture_is_named_with_a_way_out(
+    name: str, advice: tuple[str, ...], make_source: Any, edit_config: Any, tmp_path: Path
+) -> None:
+    source = make_source()
+    edit_config(source, architectures=[name])
+    done = trtkit("convert", source, tmp_path / "out")
+    cause, fix = done.stderr.splitlines()
+    assert done.returncode == 2 and f"'{name}' is not supported" in cause
+    assert all(part in fix for part in (*advice, "--list"))
+    assert ("llmapi" in fix) == ("runtime `llmapi`" in advice)
+
+
+def test_what_was_found_is_told(make_source: Any, tmp_path: Path) -> None:
+    source = make_source()
+    state = safetensors.torch.load_file(source / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"][3, 5] = 1e6
+    state["model.layers.2.mlp.up_proj.weight"][1, 2] = float("nan")
+    safetensors.torch.save_file(state, source / "model.safetensors")
+    done = trtkit("convert", source, tmp_path / "out", "--dtype", "float16")
+    assert done.returncode == 2 and "model.layers.1.mlp.up_proj.weight" in done.stderr and "--saturate" in done.stderr
+    done = trtkit("convert", source, tmp_path / "out", "--dtype", "float16", "--saturate")
+    assert done.returncode == 0
+    assert "1 values beyond the range of float16" in done.stderr
+    assert "'model.layers.2.mlp.up_proj.weight' holds NaN at [1, 2]" in done.stderr
+    done = trtkit("convert", source, tmp_path / "out", "--dtype", "float16", "--saturate", "--force", "--json")
+    account = json.loads(done.stdout)
+    assert account["saturated"] == 1
+    assert account["non_finite"] == [
+        {"tensor": "model.layers.2.mlp.up_proj.weight", "index": [1, 2], "value": "NaN"},
+    ]
 
 
 def test_dry_run_writes_nothing(make_source: Any, tmp_path: Path) -> None:

@@ -106,6 +106,6 @@ def test_the_server_gets_it_first_on_its_path(monkeypatch: pytest.MonkeyPatch, t
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(LacksError, match="does not see /target, and .* cannot be written") as lacking:
+    with pytest.raises(LacksError, match=r"does not see /target, and .* cannot be written") as lacking:
         interpreter.make([Path("/target")], tmp_path / "cache")
     assert "virtual environment" in lacking.value.fix

@@ -276,12 +276,6 @@ def test_a_repository_for_another_machine_is_generated_although_its_checkpoint_i
     assert [finding.id for finding in lint_repository(tmp_path / "out")] == ["TK138"]
 
 
-def test_cli_refuses_what_is_no_checkpoint(config_file: Path, tmp_path: Path) -> None:
-    result = run("generate", config_file, "--checkpoint", tmp_path, "-o", tmp_path / "out")
-    assert isinstance(result.exception, InputError)
-    assert "is not a checkpoint" in result.exception.cause
-
-
 def test_cli_lint_rules_are_the_table() -> None:
     from trtkit.repository.lint_rules import RULES
 
