@@ -7,8 +7,14 @@
 A synthetic Llama-shaped bfloat16 checkpoint in shards is made once. Each round runs every row of the table once, one
 after the other, each in a process of its own with the source in the page cache and its output removed afterwards, so
 that a busy moment of the machine hits all alike. Ratios are medians over rounds of (cp's seconds / this row's seconds).
+
 `cp` returns before its bytes are on the disk while `trtkit convert` syncs its files, so each is timed both ways: `cp`
-with and without a following `sync`, convert with its own sync and, for the ratio to plain cp, without.
+with and without a following `sync`, convert with its own sync and, for the ratio to plain cp, without. Right before
+each run the source is copied once and the copy removed, untimed: a virtual machine gets memory from its host at the
+first touch only, which cost the first run that touched it up to five times its time.
+
+Memory is the peak resident set that the kernel reports when a process ends. This process stays small, since a child
+inherits its parent's peak.
 """
 
 from __future__ import annotations
@@ -24,11 +30,6 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-
-import ml_dtypes
-import numpy as np
-
-from trtkit.safetensors_io import TensorSpec, Writer
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD, VOCAB = 2048, 8192, 32, 8, 64, 32000
 TRANSFORMERS_ROUTE = """
@@ -72,8 +73,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="where to work (default: the temporary folder)")
     parser.add_argument("--only", nargs="*", default=None, help="rows to measure, by the beginning of their names")
     parser.add_argument("--no-transformers", action="store_true")
+    parser.add_argument("--make", type=Path, help="only make a source, in this folder")
     parser.add_argument("--memory", type=float, nargs="*", help="only peak memory, at these sizes in GB")
     arguments = parser.parse_args()
+    if arguments.make:
+        write_source(arguments.make, arguments.size)
+        return
     with tempfile.TemporaryDirectory(prefix="trtkit-benchmark-", dir=arguments.folder) as name:
         if arguments.memory:
             memory(Path(name), arguments.memory)
@@ -91,6 +96,7 @@ def compare(folder: Path, arguments: argparse.Namespace) -> None:
     runs: dict[str, list[Run]] = {name: [] for name in rows}
     for index in range(arguments.rounds):
         for name, command in rows.items():
+            touch_memory(source, folder / "touched")
             runs[name].append(measure(command, folder / "out"))
             print(f"  round {index + 1}: {name}: {runs[name][-1].wall:.2f} s", file=sys.stderr)
     print(f"{'':58}{'GB/s':>7}{'of cp':>7}{'of cp+sync':>11}{'CPU s':>7}{'MB':>7}")
@@ -153,8 +159,24 @@ def measure(command: list[str], out: Path) -> Run:
     return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1e3)
 
 
+def touch_memory(source: Path, folder: Path) -> None:
+    shutil.copytree(source, folder)
+    shutil.rmtree(folder)
+
+
 def make_source(folder: Path, gigabytes: float) -> Path:
-    """A random Llama of about that size, in shards of at most 1 GB. Values are normal with deviation 0.02, as weights."""
+    """Makes a source in a process of its own, so that this one stays small."""
+    subprocess.run([sys.executable, __file__, "--make", str(folder), "--size", str(gigabytes)], check=True)
+    return folder
+
+
+def write_source(folder: Path, gigabytes: float) -> None:
+    """A random Llama of about that size, in shards of at most 1 GB; its values are spread as weights are."""
+    import ml_dtypes
+    import numpy as np
+
+    from trtkit.safetensors_io import TensorSpec, Writer
+
     attention = 2 * HIDDEN * HEADS * HEAD + 2 * HIDDEN * KV_HEADS * HEAD
     per_layer = 2 * (attention + 3 * HIDDEN * INTERMEDIATE)
     layers = max(8, round((gigabytes * 1e9 - 4 * VOCAB * HIDDEN) / per_layer))
@@ -204,8 +226,7 @@ def make_source(folder: Path, gigabytes: float) -> Path:
                 writer.write(name, start, values.astype(dtype))
         writer.sync()
         writer.close()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return folder
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 if __name__ == "__main__":

@@ -43,12 +43,12 @@ import torch
 import transformers
 from tritonclient import grpc
 
+from trtkit import contract, pbtxt
 from trtkit.config import CheckpointConfig
-from trtkit.convert.source import plan_conversion
 from trtkit.convert.conversion import convert
+from trtkit.convert.source import plan_conversion
 from trtkit.deploy.local import running_server
 from trtkit.hf import open_source
-from trtkit import contract, pbtxt
 from trtkit.repository.models import reference
 from trtkit.repository.models.reference.generation import Generation
 from trtkit.repository.models.reference.inflight import InflightBatch

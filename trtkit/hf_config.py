@@ -17,7 +17,7 @@ from trtkit.errors import InputError
 from trtkit.untrusted import printable, read_json
 
 DEFAULT_ROPE_THETA = 10000.0
-GEMMA3_ROPE_THETA = 1000000.0
+OTHER_ROPE_THETA = {"gemma3_text": 1000000.0, "mixtral": 1000000.0}
 MAX_LAYERS = 100_000
 """More than any model has. Families go through the layers, and nobody shall count to a billion for them."""
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
@@ -92,8 +92,8 @@ def normalize_config(raw: dict[str, Any]) -> dict[str, Any]:
     """A Hugging Face config with one spelling for what transformers 4 and 5 spell differently, whatever the family.
 
     - `dtype` (4: torch_dtype), without the prefix "torch.".
-    - `rope_theta` (also: within rope_parameters; GPT-NeoX in 4: rotary_emb_base). 10000 where nothing is said (Gemma 3:
-      a million).
+    - `rope_theta` (also: within rope_parameters; GPT-NeoX in 4: rotary_emb_base). 10000 where nothing is said (Gemma 3
+      and Mixtral: a million).
     - `rope_scaling` is None when nothing is scaled (5 writes `rope_type: default`), else it carries both `type` and
       `rope_type`, and `original_max_position_embeddings` for the types that count from it.
     - `partial_rotary_factor` (also: within rope_parameters; GPT-NeoX in 4: rotary_pct), None where nothing is said:
@@ -117,7 +117,7 @@ def normalize_config(raw: dict[str, Any]) -> dict[str, Any]:
     rope = _mapping(raw, "rope_scaling") or parameters
     config["rope_theta"] = _first(
         rope.get("rope_theta"), parameters.get("rope_theta"), raw.get("rope_theta"), raw.get("rotary_emb_base"),
-        GEMMA3_ROPE_THETA if raw.get("model_type") == "gemma3_text" else DEFAULT_ROPE_THETA,
+        OTHER_ROPE_THETA.get(str(raw.get("model_type")), DEFAULT_ROPE_THETA),
     )  # fmt: skip
     config["partial_rotary_factor"] = _first(
         rope.get("partial_rotary_factor"), parameters.get("partial_rotary_factor"), raw.get("partial_rotary_factor"),

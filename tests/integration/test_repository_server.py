@@ -27,12 +27,12 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tritonclient import grpc
 
+from trtkit import contract, pbtxt
 from trtkit.config_file import parse_config
 from trtkit.deploy import ports
 from trtkit.deploy.command import server_arguments
 from trtkit.deploy.server import environment, find_server, prepared
 from trtkit.findings import has_errors
-from trtkit import contract, pbtxt
 from trtkit.repository.generate import Files, render_repository, write_repository
 from trtkit.repository.lint import lint_repository
 
@@ -346,8 +346,8 @@ def test_the_reference_runtime_answers_like_transformers(
     import transformers
 
     from trtkit.config import CheckpointConfig
-    from trtkit.convert.source import plan_conversion
     from trtkit.convert.conversion import convert
+    from trtkit.convert.source import plan_conversion
     from trtkit.hf import open_source
 
     tokenizer_dir = write_tokenizer(tmp_path / "tokenizer")

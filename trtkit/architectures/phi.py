@@ -29,8 +29,8 @@ from trtkit.architectures.settings import (
     huggingface_rope,
     integer,
     must_be,
-    number,
     rope_config,
+    share,
 )
 
 _HF = "model.layers.{layer}."
@@ -70,7 +70,7 @@ def checkpoint_config(hf: Config) -> dict[str, Any]:
     return {
         **decoder_config(hf),
         **rope_config(hf),
-        "rotary_pct": number(hf, "partial_rotary_factor", 0.5),
+        "rotary_pct": share(hf, "partial_rotary_factor", 0.5),
         "intermediate_size": integer(hf, "intermediate_size"),
         "max_position_embeddings": integer(hf, "max_position_embeddings"),
         "hidden_act": choice(hf, "hidden_act", _ACTIVATIONS),

@@ -28,6 +28,7 @@ from trtkit.architectures.settings import (
     integer,
     must_be,
     number,
+    share,
     unexpected,
 )
 from trtkit.errors import InputError
@@ -70,7 +71,7 @@ def checkpoint_config(hf: Config) -> dict[str, Any]:
         "position_embedding_type": "rope_gpt_neox",
         "rotary_base": number(hf, "rope_theta"),
         "rotary_scaling": None,
-        "rotary_pct": number(hf, "partial_rotary_factor", 1.0),
+        "rotary_pct": share(hf, "partial_rotary_factor", 1.0),
         "intermediate_size": integer(hf, "intermediate_size"),
         "max_position_embeddings": integer(hf, "max_position_embeddings"),
         "hidden_act": "swiglu",

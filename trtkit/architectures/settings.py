@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 from trtkit.architectures.rules import Config
@@ -25,6 +26,14 @@ def integer(hf: Config, key: str, default: int | None = None) -> int:
 def number(hf: Config, key: str, default: float | None = None) -> float:
     """Like `integer`, for a positive number."""
     return float(_number(hf, key, default, (int, float), "a positive number"))
+
+
+def share(hf: Config, key: str, default: float) -> float:
+    """Like `number`, for one of at most 1."""
+    value = number(hf, key, default)
+    if value > 1:
+        raise unexpected(key, value, "a share of at most 1")
+    return value
 
 
 def flag(hf: Config, key: str, default: bool = False) -> bool:
@@ -83,7 +92,7 @@ def _number(hf: Config, key: str, default: float | None, kinds: tuple[type, ...]
         isinstance(value, (int, float))
         and not isinstance(value, bool)
         and isinstance(value, kinds)
-        and 0 < value < math.inf
+        and 0 < value <= sys.float_info.max
     ):
         return value
     raise unexpected(key, value, wanted)

@@ -44,7 +44,7 @@ class Conversion:
 
     Attributes:
         made_by: program and version.
-        origin: hub id and commit of the source; None for a folder, which is known by its digests only.
+        origin: where the source was: `hub:owner/name@commit`, an `s3://` or `gs://` address, or `file:/folder`.
         source_digest: SHA-256 of the source's config.json, as hex.
         files: files that it lists.
         checksums: how many of them with a checksum (`trtkit verify` compares those).
@@ -100,7 +100,9 @@ def inspect_checkpoint(path: Path) -> CheckpointReport:
     manifest = read_manifest(path)
     mapping = config["mapping"]
     if mapping["world_size"] > MAX_RANKS:
-        raise InputError(f"{path / 'config.json'}: {mapping['world_size']} ranks, no checkpoint has so many", "correct it")
+        raise InputError(
+            f"{path / 'config.json'}: {mapping['world_size']} ranks, no checkpoint has so many", "correct it"
+        )
     sizes = {name: record["bytes"] for name, record in manifest["files"].items()} if manifest else {}
     ranks, tensors = [], []
     for rank in range(mapping["world_size"]):

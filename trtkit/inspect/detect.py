@@ -59,7 +59,9 @@ def _evidence(path: Path) -> list[tuple[Kind, str]]:
     elif (path / "config.json").is_symlink():
         read_json(path / "config.json")  # raises: a link to nowhere
     else:
-        found += _by_name(path, "model.safetensors", "source") or _by_name(path, "model.safetensors.index.json", "source")
+        found += _by_name(path, "model.safetensors", "source") or _by_name(
+            path, "model.safetensors.index.json", "source"
+        )
     found += _by_name(path, "rank*.safetensors", "checkpoint") + _by_name(path, "rank*.engine", "engine")
     models = [folder for folder in model_folders(path) if (folder / "config.pbtxt").is_file()]
     if models:
@@ -88,9 +90,7 @@ def _by_name(path: Path, pattern: str, kind: Kind) -> list[tuple[Kind, str]]:
 
 def _nothing(path: Path) -> InputError:
     if (path / "config.pbtxt").is_file():
-        return InputError(
-            f"{path} is one model of a repository", f"give the repository: {path.absolute().parent}"
-        )
+        return InputError(f"{path} is one model of a repository", f"give the repository: {path.absolute().parent}")
     if (path / "config.json").exists():
         cause = f"{path / 'config.json'} is neither a model's nor a checkpoint's nor an engine's"
         return InputError(f"{cause}: it has none of architectures, architecture, build_config", _EXPECTED)

@@ -77,9 +77,7 @@ def dtype_shares(tensors: Iterable[StoredTensor]) -> list[DtypeShare]:
     sizes = {dtype: sum(tensor.nbytes for tensor in of) for dtype, of in found.items()}
     total = sum(sizes.values()) or 1
     return [
-        DtypeShare(
-            dtype, len(found[dtype]), sum(t.elements for t in found[dtype]), size, round(size / total, 6)
-        )
+        DtypeShare(dtype, len(found[dtype]), sum(t.elements for t in found[dtype]), size, round(size / total, 6))
         for dtype, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0]))
     ]
 

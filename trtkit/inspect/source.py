@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import math
 import re
 from collections.abc import Mapping
@@ -120,7 +119,7 @@ def inspect_source(path: Path, origin: str = "") -> SourceReport:
         origin=origin,
         architecture=architecture,
         supported=supported,
-        near=() if supported else _near(architecture),
+        near=() if supported else tuple(architectures.relatives(architecture or "")),
         convertible=problem is None,
         files=len(files),
         tensors=len(tensors),
@@ -155,10 +154,6 @@ def _are_names(shards: Mapping[str, Any]) -> bool:
 def _architecture(raw: Mapping[str, Any]) -> str | None:
     names = raw.get("architectures")
     return printable(names[0]) if isinstance(names, list) and names and isinstance(names[0], str) else None
-
-
-def _near(architecture: str | None) -> tuple[str, ...]:
-    return tuple(difflib.get_close_matches(architecture or "", architectures.FAMILIES, n=3, cutoff=0.5))
 
 
 def _target(path: Path, raw: dict[str, Any]) -> tuple[dict[str, Any] | None, Problem | None]:
@@ -266,6 +261,7 @@ def _warnings(
     if raw.get("auto_map"):
         found.append("config.json names code of its own (auto_map), which trtkit does not run")
     other = sorted(file.name for file in path.glob("*.safetensors") if file not in files)
+    other = [name for name in other if not name.startswith("consolidated")]  # Mistral's second copy of the weights
     if other:
-        found.append(f"{len(other)} more safetensors files that the model does not use, such as {printable(other[0])}")
+        found.append(f"{printable(other[0])} is no part of the model" + (f", nor are {len(other) - 1} more" if other[1:] else ""))
     return found

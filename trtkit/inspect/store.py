@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,10 @@ from trtkit.inspect.model import Problem
 from trtkit.store import MANIFEST
 from trtkit.untrusted import read_json
 
-_INSPECT = {"checkpoint": inspect_checkpoint, "engine": inspect_engine}
+_INSPECT: dict[str, Callable[[Path], CheckpointReport | EngineReport]] = {
+    "checkpoint": inspect_checkpoint,
+    "engine": inspect_engine,
+}
 
 
 @dataclass(frozen=True)
@@ -52,15 +56,15 @@ def inspect_store(path: Path) -> StoreReport:
             manifest = read_json(folder / MANIFEST, "an artifact")
             made, created = manifest.get("kind"), manifest.get("created")
             if made not in _INSPECT:
-                raise InputError(f"{folder / MANIFEST}: the artifact is neither a checkpoint nor an engine", "remove it")
+                raise InputError(
+                    f"{folder / MANIFEST}: the artifact is neither a checkpoint nor an engine", "remove it"
+                )
             report = _INSPECT[made](folder)
         except InputError as error:
             problems.append(Problem.of(error))
             continue
         problems += report.problems
-        artifacts.append(
-            Artifact(str(folder.relative_to(path)), created if type(created) is int else None, report)
-        )
+        artifacts.append(Artifact(str(folder.relative_to(path)), created if type(created) is int else None, report))
     return StoreReport(str(path), artifacts, problems)
 
 

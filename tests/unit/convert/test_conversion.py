@@ -1,4 +1,4 @@
-"""The conversion as a whole: killed at any moment, resumed, out of disk, with a manifest, honest about what it found."""
+"""The conversion as a whole: killed at any moment, resumed, out of disk, with a manifest, honest in its account."""
 
 from __future__ import annotations
 
@@ -71,8 +71,7 @@ def test_killed_at_twenty_random_moments_and_resumed(make_source: Any, tmp_path:
     undisturbed = drive(source, tmp_path / "undisturbed", 0)
     assert undisturbed.returncode == 0, undisturbed.stderr
     expected = contents(tmp_path / "undisturbed")
-    seed = random.randrange(1 << 30)
-    print("seed", seed)
+    seed = random.randrange(1 << 30)  # pytest-randomly's own seed, which it prints, decides
     moments = random.Random(seed).sample(range(1, int(undisturbed.stdout) + 1), 20)
     went_on = 0
     for moment in moments:
@@ -89,7 +88,7 @@ def test_killed_at_twenty_random_moments_and_resumed(make_source: Any, tmp_path:
             found = convert(plan_conversion(opened, LAYOUT), opened, folder / "out")
             assert (found.resumed_bytes > 0) == bool(finished)
         went_on += bool(finished)
-        assert contents(folder / "out") == expected, moment
+        assert contents(folder / "out") == expected, (seed, moment)
         for name, before in finished.items():
             after = (folder / "out" / name).stat()
             assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns), moment
@@ -200,7 +199,9 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(checked: bool, make_source:
         except SystemExit as stop:
             print("exit", stop.code, os.listdir({str(disk)!r}))
     """)
-    mounted = f"mount -t tmpfs -o size=64k tmpfs {disk} && exec {sys.executable} -c '{script.replace(chr(39), chr(34))}'"
+    mounted = (
+        f"mount -t tmpfs -o size=64k tmpfs {disk} && exec {sys.executable} -c '{script.replace(chr(39), chr(34))}'"
+    )
     done = subprocess.run(["unshare", "-rm", "sh", "-c", mounted], capture_output=True, text=True, check=False)
     assert done.stdout == "exit 3 []\n", done.stderr
     cause, fix = done.stderr.splitlines()[-2:]

@@ -99,6 +99,8 @@ LIMITS: list[tuple[str, dict[str, Any], str]] = [
     ("Phi3ForCausalLM", {"rope_scaling": LONG_ROPE, "original_max_position_embeddings": 1}, "is 1, expected more than"),
     ("Phi3ForCausalLM", {"rope_scaling": {**LONG_ROPE, "factor": 2.0}, **EXTENDED}, "does not run the factors"),
     ("Phi3ForCausalLM", {"rope_scaling": {**LONG_ROPE, "attention_factor": 1.1}, **EXTENDED}, "does not run the fac"),
+    ("Phi3ForCausalLM", {"rope_theta": 10**400}, "rope_theta is 10"),
+    ("PhiForCausalLM", {"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5, expected a share of at most 1"),
     ("PhiForCausalLM", {"qk_layernorm": True}, "does not run qk_layernorm True"),
     ("PhiForCausalLM", {"num_key_value_heads": 2}, "does not run num_key_value_heads 2"),
     ("PhiForCausalLM", {"layer_norm_eps": 1e-6}, "does not run layer_norm_eps 1e-06"),
