@@ -29,7 +29,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 # The load-test report is tested in a real browser. Root on a Debian-like system gets one here, others are told how.
 browser:
-	@command -v chromium chromium-browser google-chrome >/dev/null \
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; false \
 	|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
 	     && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } \
 	|| echo "no Chromium: install it, or set TRTKIT_NO_BROWSER=1 to leave the report's browser test out"

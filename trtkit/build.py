@@ -15,10 +15,10 @@ from typing import Any
 from trtkit import __version__, hf
 from trtkit.checkpoint import open_checkpoint
 from trtkit.config import BuildConfig
+from trtkit.convert.conversion import write_checkpoint
 from trtkit.convert.plan import Plan
 from trtkit.convert.source import plan_conversion
 from trtkit.convert.verify import verify
-from trtkit.convert.conversion import write_checkpoint
 from trtkit.engine.builders import BuildCommand, compile_into, plan_build
 from trtkit.errors import CheckFailedError, InputError
 from trtkit.store import ArtifactStore, digest

@@ -17,8 +17,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from trtkit import hf
 from trtkit.cli import main
 from trtkit.config_file import load_config
-from trtkit.convert.source import plan_conversion
 from trtkit.convert.conversion import convert
+from trtkit.convert.source import plan_conversion
 from trtkit.deploy.local import running_server
 from trtkit.repository.generate import render_repository, write_repository
 

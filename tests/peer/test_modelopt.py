@@ -211,7 +211,7 @@ ALLOWED = (
             f"config {key}", ANY, ABSENT, "as above, Gemma 2's own",
             lambda case: case.architecture == "Gemma2ForCausalLM",
         )
-        for key in ("attn_logit_softcapping", "layer_types")
+        for key in ("attn_logit_softcapping", "sliding_window_layers")
     ),
     *(
         Allowed(

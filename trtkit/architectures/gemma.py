@@ -100,9 +100,10 @@ def checkpoint_config(hf: Config) -> dict[str, Any]:
             "query_pre_attn_scalar": integer(hf, "query_pre_attn_scalar", 256),
             "final_logit_softcapping": _softcapping(hf, "final_logit_softcapping", 30.0),
             "attn_logit_softcapping": _softcapping(hf, "attn_logit_softcapping", 50.0),
-            # TRT-LLM takes the windows at run time (max_attention_window_size): notes for whoever sets that.
+            # TRT-LLM takes the windows at run time (max_attention_window_size): notes for whoever sets that. Not called
+            # `layer_types`, which its runtimes read as kinds of their own (see qwen.window_config).
             "sliding_window": _window(hf),
-            "layer_types": _layer_types(hf, pattern=2),
+            "sliding_window_layers": [n for n, kind in enumerate(_layer_types(hf, pattern=2)) if kind == _SLIDING],
         }
     elif architecture == _GEMMA3:
         config |= _gemma3_config(hf)
@@ -187,7 +188,8 @@ def huggingface_config(config: Config) -> dict[str, Any]:
         if key in config:
             result[key] = config[key]
     if architecture == _GEMMA2:
-        result["layer_types"] = config["layer_types"]
+        windowed, layers = set(config["sliding_window_layers"]), range(config["num_hidden_layers"])
+        result["layer_types"] = [_SLIDING if layer in windowed else _FULL for layer in layers]
     elif architecture == _GEMMA3:
         pattern = config.get("_sliding_window_pattern") or config["sliding_window_pattern"]
         result["layer_types"] = _alternating(config["num_hidden_layers"], pattern)

@@ -80,7 +80,7 @@ def progress(label: str, unit: str = "bytes") -> Iterator[Callable[[int, int], N
 
 
 def open_source(source: str, revision: str | None = None) -> Source:
-    """`hf.open_source`, with a progress bar where something is downloaded from a bucket (the hub's library has its own).
+    """`hf.open_source`, with a progress bar for downloads from a bucket (the hub's library has its own).
 
     Raises: what `hf.open_source` raises.
     """

@@ -88,7 +88,7 @@ def command(
         return
     if source is None or out is None:
         raise click.UsageError(f"Missing argument '{'SOURCE' if source is None else 'OUT'}'.")
-    from trtkit.convert.conversion import Options, check_target, convert, write_here
+    from trtkit.convert.conversion import Options, WriteRanks, check_target, convert, write_here
     from trtkit.convert.source import Layout, plan_conversion
 
     opened = open_source(source, revision)
@@ -99,7 +99,7 @@ def command(
     if dry_run:
         _print(summary, plan, as_json)
         return
-    write = write_here
+    write: WriteRanks = write_here
     if ray is not None:
         from trtkit.convert.cluster import over_ray
 
@@ -126,7 +126,9 @@ def _print_families(as_json: bool) -> None:
             ]
         )
         return
-    rows = [(name, "yes", "yes" if f.pipeline else "-", "yes" if f.has_experts else "-", f.notes) for name, f in families]
+    rows = [
+        (name, "yes", "yes" if f.pipeline else "-", "yes" if f.has_experts else "-", f.notes) for name, f in families
+    ]
     print_table(["architecture", "TP", "PP", "EP", "notes"], rows)
 
 

@@ -75,7 +75,7 @@ def _source(report: SourceReport) -> Rows:
         report.architecture
         and (report.architecture if report.supported else f"{report.architecture} (not supported{closest})"),
     )
-    yield "origin", None if report.origin in (report.path, f"file:{report.path}") else report.origin
+    yield "origin", None if report.origin == report.path or report.origin.startswith("file:") else report.origin
     if report.parameters:
         active = f", {_rounded(report.active_parameters)} active per token" if report.active_parameters else ""
         yield "parameters", f"{report.parameters:,} ({_rounded(report.parameters)}{active})"
@@ -83,18 +83,19 @@ def _source(report: SourceReport) -> Rows:
     yield "dtypes", _dtypes(report.dtypes)
     yield from _model(report.model, report.quantization)
     if report.layouts:
-        yield from _layouts(report.layouts)
+        yield from _layouts(report.layouts, quantised=report.quantization is not None)
     yield "converts", "yes" if report.convertible else "no"
     for warning in report.warnings:
         yield "warning", warning
 
 
-def _layouts(found: Layouts) -> Rows:
+def _layouts(found: Layouts, *, quantised: bool) -> Rows:
     yield "TP sizes", ", ".join(map(str, found.tp))
     yield "PP sizes", f"1 to {found.pp_max}" if found.pp_max > 1 else "1"
     if len(found.ep) > 1:
         yield "EP sizes", f"{', '.join(map(str, found.ep))} (divisors of TP)"
-    yield "checkpoint dtype", f"{found.dtype}, {'converted' if found.converts_dtype else 'as stored'}"
+    stored = "of the unquantised model" if quantised else "converted" if found.converts_dtype else "as stored"
+    yield "checkpoint dtype", f"{found.dtype}, {stored}"
     yield "bytes per rank", ", ".join(f"TP {tp}: {_bytes(size)}" for tp, size in found.rank_bytes.items())
 
 
@@ -113,7 +114,7 @@ def _checkpoint(report: CheckpointReport) -> Rows:
     made = report.conversion
     yield "made by", (made and made.made_by) or report.producer
     if made:
-        yield "made from", made.origin or "a folder"
+        yield "made from", made.origin
         yield "source digest", made.source_digest and f"config.json sha256 {made.source_digest}"
         yield "checksums", f"{made.checksums} of {made.files} files (`trtkit verify` compares them)"
 

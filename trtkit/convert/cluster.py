@@ -14,6 +14,7 @@ import itertools
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -222,9 +223,9 @@ def _collect(ray: Any, reference: Any, job: Job, attempt: int) -> Outcome | None
     try:
         outcome: Outcome = ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        if "No module named" in str(error.cause):
+        if missing := re.search(r"No module named '[^']*'", str(error.cause)):
             raise LacksError(
-                f"a node of the Ray cluster cannot import trtkit: {_one_line(error.cause)}",
+                f"a node of the Ray cluster cannot run trtkit: {missing[0]}",
                 f"install trtkit {__version__} on all nodes, where Ray's own Python finds it",
             ) from error
         raise error.cause from error

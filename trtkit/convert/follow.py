@@ -16,7 +16,7 @@ from typing import Any
 import blake3
 import numpy as np
 
-from trtkit.convert.plan import Piece, PlannedTensor, Plan
+from trtkit.convert.plan import Piece, Plan, PlannedTensor
 from trtkit.safetensors_io import DTYPES, Writer
 
 READ_BYTES = 4 << 20
@@ -55,7 +55,7 @@ class Follower:
         self._checksum = checksum
         self._files = {rank: _File(plan.ranks[rank], writer) for rank, writer in writers.items()} if checksum else {}
         self._condition = threading.Condition()
-        self._unit = -1
+        self._unit = self._followed = -1
         self._stop = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="trtkit-checksum", daemon=True)
@@ -94,16 +94,16 @@ class Follower:
 
     def _run(self) -> None:
         try:
-            unit = -1
-            while True:
+            while not self._stop.is_set():
                 with self._condition:
-                    self._condition.wait_for(lambda: self._stop.is_set() or self._unit > unit)
+                    self._condition.wait_for(lambda: self._stop.is_set() or self._unit > self._followed)
                     unit = self._unit
                 for file in self._files.values():
                     if self._stop.is_set():
                         return
                     self.non_finite += file.follow(unit)
                 with self._condition:
+                    self._followed = unit
                     self._condition.notify()
         except BaseException as error:
             with self._condition:

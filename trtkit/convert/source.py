@@ -100,9 +100,10 @@ def source_tensors(source: Source) -> dict[str, TensorEntry]:
     """The source's tensors under the names of its family's table, whichever spelling or layout it came in."""
     architecture = architectures.get(source.architecture)
     tensors: dict[str, TensorEntry] = {}
-    for name, entry in source.tensors.items():
-        for pattern, replacement in architecture.renames:
-            name = re.sub(pattern, replacement, name)
+    for given, entry in source.tensors.items():
+        name = given
+        for rename in architecture.renames:
+            name = re.sub(*rename, name)
         for unstacked, part in _unstack(name, entry, architecture.stacked):
             if unstacked in tensors:
                 raise InputError(

@@ -90,24 +90,26 @@ def write_ranks(
         follower = stack.enter_context(Follower(plan, writers, checksum=checksum))
         pool = stack.enter_context(ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "trtkit-copy"))
         stack.callback(pool.shutdown, cancel_futures=True)
-        running: deque[tuple[int, list[Future[CastReport]]]] = deque()
+        running: deque[tuple[int, list[tuple[Future[CastReport], int]]]] = deque()
 
         def finish_unit() -> None:
             unit, jobs = running.popleft()
-            for job in jobs:
+            for job, nbytes in jobs:
                 total.add(job.result())
+                on_progress(nbytes)
             follower.advance(unit)
             on_unit(unit, total)
 
         for unit, placements in plan.units(ranks):
-            for places in placements.values():
-                on_progress(sum(place.nbytes for place in places))
+            nbytes = {name: sum(place.nbytes for place in places) for name, places in placements.items()}
             if unit <= done_units:
+                on_progress(sum(nbytes.values()))
                 follower.advance(unit)
                 continue
             names = sorted(placements, key=lambda name: (tensors[name].path, tensors[name].start))
             jobs = [
-                pool.submit(_copy_tensor, reader, tensors[name], placements[name], writers, saturate) for name in names
+                (pool.submit(_copy_tensor, reader, tensors[name], placements[name], writers, saturate), nbytes[name])
+                for name in names
             ]
             running.append((unit, jobs))
             if len(running) > AHEAD:

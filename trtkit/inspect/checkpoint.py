@@ -44,7 +44,8 @@ class Conversion:
 
     Attributes:
         made_by: program and version.
-        origin: where the source was: `hub:owner/name@commit`, an `s3://` or `gs://` address, or `file:/folder`.
+        origin: where the source was: `hub:owner/name@commit`, an `s3://` or `gs://` address, or `file:/folder`; None
+            where it does not say.
         source_digest: SHA-256 of the source's config.json, as hex.
         files: files that it lists.
         checksums: how many of them with a checksum (`trtkit verify` compares those).

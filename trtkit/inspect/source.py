@@ -72,7 +72,8 @@ class SourceReport:
         parameters: of the model as it runs: tied embeddings once, packed weights unpacked, no scales. None where no
             weights are there to count.
         active_parameters: those that one token passes through; None for models without experts.
-        layouts: None where the config does not allow a conversion.
+        layouts: of a quantised source those that the unquantised model would have; None where TRT-LLM cannot express
+            the model.
         warnings: what is odd, but no obstacle.
     """
 
@@ -263,5 +264,7 @@ def _warnings(
     other = sorted(file.name for file in path.glob("*.safetensors") if file not in files)
     other = [name for name in other if not name.startswith("consolidated")]  # Mistral's second copy of the weights
     if other:
-        found.append(f"{printable(other[0])} is no part of the model" + (f", nor are {len(other) - 1} more" if other[1:] else ""))
+        found.append(
+            f"{printable(other[0])} is no part of the model" + (f", nor are {len(other) - 1} more" if other[1:] else "")
+        )
     return found

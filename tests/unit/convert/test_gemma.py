@@ -219,7 +219,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "GemmaForCausalLM": {"rotary_base": 500.0, "norm_epsilon": 0.5},
     "Gemma2ForCausalLM": {
         "rotary_base": 500.0, "norm_epsilon": 0.5, "query_pre_attn_scalar": 2, "attn_logit_softcapping": 0.5,
-        "final_logit_softcapping": 3.0, "sliding_window": 3, "layer_types": [FULL] * LAYERS,
+        "final_logit_softcapping": 3.0, "sliding_window": 3, "sliding_window_layers": [],
     },
     "Gemma3ForCausalLM": {
         "rotary_base": 500.0, "norm_epsilon": 0.5, "query_pre_attn_scalar": 2, "final_logit_softcapping": 3.0,
