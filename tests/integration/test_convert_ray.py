@@ -83,11 +83,12 @@ def _wait_for_end(folder: Path) -> list[list[str]]:
 
 @pytest.fixture
 def source(make_source: Any) -> Path:
-    """Shards in float32, with a NaN that only rank 0 holds and an infinity that only rank 6 holds."""
+    """Shards in float32, with a NaN in rank 0, an infinity in rank 6, and another NaN in all ranks of a stage."""
     path: Path = make_source(dtype="float32", max_shard_size="400KB")
     assert len(list(path.glob("*.safetensors"))) > 1
     poison(path, {"model.layers.0.self_attn.q_proj.weight": (0, float("nan"))})
     poison(path, {"model.layers.4.mlp.up_proj.weight": (50, float("inf"))})  # of 96 rows, 24 per rank
+    poison(path, {"model.layers.3.input_layernorm.weight": (9, float("nan"))})
     return path
 
 
@@ -96,13 +97,15 @@ def poison(path: Path, values: dict[str, tuple[int, float]]) -> None:
     for file in path.glob("*.safetensors"):
         state = safetensors.torch.load_file(file)
         for name in values.keys() & state.keys():
-            state[name][values[name][0], 0] = values[name][1]
+            state[name].reshape(len(state[name]), -1)[values[name][0], 0] = values[name][1]
         safetensors.torch.save_file(state, file, {"format": "pt"})
 
 
-def convert(source: Path, out: Path, write: conversion.WriteRanks | None = None) -> conversion.Conversion:
+def convert(
+    source: Path, out: Path, write: conversion.WriteRanks | None = None, layout: CheckpointConfig = LAYOUT
+) -> conversion.Conversion:
     opened = hf.open_source(source)
-    return conversion.convert(plan_conversion(opened, LAYOUT), opened, out, write=write)
+    return conversion.convert(plan_conversion(opened, layout), opened, out, write=write)
 
 
 def trtkit(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -116,7 +119,7 @@ def assert_same(first: Path, second: Path) -> None:
     """Folders with the same files, byte for byte."""
     names = sorted(file.name for file in first.iterdir())
     assert names == sorted(file.name for file in second.iterdir())
-    assert "conversion.json" in names and "rank7.safetensors" in names
+    assert {"config.json", "conversion.json", "rank3.safetensors"} <= set(names)
     for name in names:
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
 
@@ -125,23 +128,44 @@ def leftovers(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.iterdir() if file.name.startswith("."))
 
 
+def patient_worker(folder: Path) -> Callable[[cluster.Job], cluster.Outcome]:
+    """`write_job`, begun when a second one is under way; on nodes of one CPU that is on another node."""
+    real = cluster.write_job
+
+    def write_job(job: cluster.Job) -> cluster.Outcome:
+        (folder / f"started{job.ranks[0]}").touch()
+        deadline = time.monotonic() + 60
+        while len(list(folder.glob("started*"))) < 2:
+            if time.monotonic() > deadline:
+                raise TimeoutError("no other node took a task")
+            time.sleep(0.02)
+        return real(job)
+
+    return write_job
+
+
+@pytest.mark.parametrize(
+    "layout", [LAYOUT, CheckpointConfig(tp=4, dtype="float16")], ids=["stages", "parts of a stage"]
+)
 def test_both_nodes_work_and_the_bytes_are_those_of_a_local_conversion(
-    address: str, source: Path, tmp_path: Path
+    layout: CheckpointConfig, address: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    local = convert(source, tmp_path / "local")
+    local = convert(source, tmp_path / "local", layout=layout)
+    monkeypatch.setattr(cluster, "write_job", patient_worker(tmp_path))
     seen: dict[int, str] = {}
     on_written = lambda ranks, node: seen.update(dict.fromkeys(ranks, node))  # noqa: E731
     before = signal.getsignal(signal.SIGTERM)
-    spread = convert(source, tmp_path / "spread", cluster.over_ray(address, on_written=on_written))
+    spread = convert(source, tmp_path / "spread", cluster.over_ray(address, on_written=on_written), layout)
     assert signal.getsignal(signal.SIGTERM) is before
 
-    assert sorted(seen) == list(range(8))
+    assert sorted(seen) == list(range(layout.tp * layout.pp))
     assert len(set(seen.values())) == 2, seen
     assert_same(tmp_path / "local", tmp_path / "spread")
     assert spread.report == local.report
     assert spread.report.rounded > 0
     assert {found.tensor: found.index for found in spread.non_finite} == {
         "model.layers.0.self_attn.q_proj.weight": (0, 0),
+        "model.layers.3.input_layernorm.weight": (9,),
         "model.layers.4.mlp.up_proj.weight": (50, 0),
     }
     assert not leftovers(tmp_path)

@@ -92,8 +92,7 @@ def _source(report: SourceReport) -> Rows:
 def _layouts(found: Layouts, *, quantised: bool) -> Rows:
     yield "TP sizes", ", ".join(map(str, found.tp))
     yield "PP sizes", f"1 to {found.pp_max}" if found.pp_max > 1 else "1"
-    if len(found.ep) > 1:
-        yield "EP sizes", f"{', '.join(map(str, found.ep))} (divisors of TP)"
+    yield "EP sizes", "; ".join(f"{ep} with TP {', '.join(map(str, sizes))}" for ep, sizes in found.ep.items())
     stored = "of the unquantised model" if quantised else "converted" if found.converts_dtype else "as stored"
     yield "checkpoint dtype", f"{found.dtype}, {stored}"
     yield "bytes per rank", ", ".join(f"TP {tp}: {_bytes(size)}" for tp, size in found.rank_bytes.items())
@@ -139,7 +138,7 @@ def _model(model: ModelFacts, quantization: Quantization | None) -> Rows:
     if model.heads:
         yield "heads", f"{model.heads} of size {model.head_size}, {model.kv_heads} for keys and values"
     yield "hidden size", model.hidden_size
-    yield "MLP size", model.intermediate_size
+    yield "expert size" if model.experts else "MLP size", model.intermediate_size
     if model.experts:
         yield "experts", f"{model.experts}, {model.experts_per_token} per token"
     if model.vocabulary:

@@ -37,6 +37,7 @@ from trtkit.safetensors_io import header_bytes
 ATTEMPTS = 2
 """How often the ranks of a worker that dies are begun."""
 SAMPLES = 32
+"""Pieces of each source file that tell it from another with the same header."""
 SAMPLE_BYTES = 4096
 CONNECT_SECONDS = 5.0
 CANCEL_SECONDS = 10.0
@@ -291,10 +292,9 @@ def _reachable(address: str) -> str:
         target = _running_cluster()
     _, _, place = target.rpartition("://")
     host, _, port = place.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:  # also `local`, Ray's word
-        raise InputError(  # for starting a cluster
-            f"'{target}' is not the address of a Ray cluster", "give HOST:PORT, ray://HOST:PORT or auto"
-        )
+    # `local`, with which Ray would start a cluster, is none either.
+    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+        raise InputError(f"'{target}' is not the address of a Ray cluster", "give HOST:PORT, ray://HOST:PORT or auto")
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
     except OSError as error:
@@ -320,7 +320,8 @@ def _count_nodes(ray: Any, address: str) -> int:
     """Nodes that can run a task."""
     count = sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1)
     if not count:
-        raise LacksError(f"no node of the Ray cluster ({address}) has a CPU for tasks", "add one: ray start --address")
+        fix = "add one with `ray start --address=HEAD:6379`"
+        raise LacksError(f"no node of the Ray cluster ({address}) has a CPU for tasks", fix)
     return count
 
 

@@ -14,6 +14,7 @@ from trtkit.errors import InputError
 from trtkit.inspect.checkpoint import CheckpointReport, inspect_checkpoint
 from trtkit.inspect.detect import KINDS, Kind, detect
 from trtkit.inspect.engine import EngineReport, inspect_engine
+from trtkit.inspect.model import Problem
 from trtkit.inspect.remote_headers import headers_only
 from trtkit.inspect.repository import RepositoryReport, inspect_repository
 from trtkit.inspect.source import SourceReport, inspect_source
@@ -58,7 +59,13 @@ def inspect_path(
         raise InputError(f"{printable(path)} does not exist", f"a {kind} is a folder of this machine")
     on_step(f"reading headers of {remote.parse(path).url if remote.is_remote(path) else path}")
     with headers_only(path, revision) as (headers, origin):
-        return _renamed(inspect_source(headers, origin), str(headers), origin)
+        try:
+            report = inspect_source(headers, origin)
+        except InputError as error:
+            problem = _renamed(Problem.of(error), headers, origin)
+            raise InputError(problem.cause, problem.fix) from error
+        problems = [_renamed(problem, headers, origin) for problem in report.problems]
+        return replace(report, path=origin, problems=problems)
 
 
 def _local(path: str) -> Path | None:
@@ -77,11 +84,9 @@ def _local(path: str) -> Path | None:
     raise InputError(f"{printable(path)} does not exist", "give a folder, or a hub id such as owner/name")
 
 
-def _renamed(report: SourceReport, folder: str, origin: str) -> SourceReport:
-    """A report that speaks of the source instead of the temporary folder with its headers."""
-    problems = [replace(each, cause=each.cause.replace(folder, origin)) for each in report.problems]
-    problems = [replace(each, fix=each.fix.replace(folder, origin)) for each in problems]
-    return replace(report, path=origin, problems=problems)
+def _renamed(problem: Problem, folder: Path, origin: str) -> Problem:
+    """A problem that names the source instead of the temporary folder with its headers."""
+    return Problem(problem.cause.replace(str(folder), origin), problem.fix.replace(str(folder), origin))
 
 
 def inspect_folder(path: Path, *, kind: Kind | None = None, origin: str = "") -> Report:

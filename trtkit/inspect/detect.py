@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -59,10 +60,8 @@ def _evidence(path: Path) -> list[tuple[Kind, str]]:
     elif (path / "config.json").is_symlink():
         read_json(path / "config.json")  # raises: a link to nowhere
     else:
-        found += _by_name(path, "model.safetensors", "source") or _by_name(
-            path, "model.safetensors.index.json", "source"
-        )
-    found += _by_name(path, "rank*.safetensors", "checkpoint") + _by_name(path, "rank*.engine", "engine")
+        found += _by_name(path, r"model\.safetensors(\.index\.json)?", "source")
+    found += _by_name(path, r"rank\d+\.safetensors", "checkpoint") + _by_name(path, r"rank\d+\.engine", "engine")
     models = [folder for folder in model_folders(path) if (folder / "config.pbtxt").is_file()]
     if models:
         found.append(("repository", f"{printable(models[0].name)}/config.pbtxt is there"))
@@ -84,8 +83,8 @@ def _by_keys(config: dict[str, Any]) -> list[tuple[Kind, str]]:
 
 
 def _by_name(path: Path, pattern: str, kind: Kind) -> list[tuple[Kind, str]]:
-    first = min(path.glob(pattern), default=None)
-    return [] if first is None else [(kind, f"{printable(first.name)} is there")]
+    first = min((file.name for file in path.iterdir() if re.fullmatch(pattern, file.name)), default=None)
+    return [] if first is None else [(kind, f"{first} is there")]
 
 
 def _nothing(path: Path) -> InputError:

@@ -50,6 +50,7 @@ class ModelFacts:
     """Sizes and settings of a model. What its config does not say is None.
 
     Attributes:
+        intermediate_size: width of the MLP; in a mixture, of one expert.
         rope_scaling: kind of scaling, such as `llama3`; None for none.
         rope_factor: how many times longer it makes the context.
         tied_embeddings: the output projection is the token embedding.
@@ -82,7 +83,8 @@ def facts_of_checkpoint(config: Config) -> ModelFacts:
     return ModelFacts(
         layers=_count(config.get("num_hidden_layers")),
         hidden_size=_count(config.get("hidden_size")),
-        intermediate_size=_count(config.get("intermediate_size")),
+        intermediate_size=(experts and _count(config.get("moe_intermediate_size")))
+        or _count(config.get("intermediate_size")),
         heads=_count(config.get("num_attention_heads")),
         kv_heads=_count(config.get("num_key_value_heads")),
         head_size=_count(config.get("head_size")),
@@ -113,7 +115,8 @@ def facts_of_huggingface(raw: Config) -> ModelFacts:
     return ModelFacts(
         layers=size("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
         hidden_size=hidden,
-        intermediate_size=size("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
+        intermediate_size=(experts and size("moe_intermediate_size"))
+        or size("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
         heads=heads,
         kv_heads=size("num_key_value_heads", "num_kv_heads") or heads,
         head_size=size("head_dim") or (hidden // heads if hidden and heads else None),

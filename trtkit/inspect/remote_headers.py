@@ -51,7 +51,7 @@ def _from_store(source: str, folder: Path) -> str:
     store = open_store(location)
     for item in store.listing():
         try:
-            if item.name.endswith(".json") and item.size <= MAX_JSON:
+            if item.name.endswith(".json") and 0 < item.size <= MAX_JSON:
                 (folder / item.name).write_bytes(store.read(item, 0, item.size))
             elif _has_weights(item.name):
                 write_header(folder / item.name, item.size, partial(store.read, item))
@@ -149,7 +149,7 @@ def _hub_header(repo: str, commit: str, name: str, file: Path) -> None:
 
 def write_header(file: Path, size: int, read: Read) -> None:
     """Writes a file of `size` bytes that holds the header of a safetensors file and nothing behind it."""
-    data = read(0, min(size, FIRST_BYTES))
+    data = read(0, min(size, FIRST_BYTES)) if size else b""
     length = 8 + int.from_bytes(data[:8], "little")
     if len(data) < length <= min(size, 8 + MAX_HEADER):
         data += read(len(data), length)

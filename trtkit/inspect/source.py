@@ -44,9 +44,9 @@ class Layouts:
     """What conversion can make of a source.
 
     Attributes:
-        tp: valid tensor-parallel sizes up to 64.
+        tp: valid tensor-parallel sizes up to 64, without expert parallelism.
         pp_max: pipeline-parallel sizes go from 1 to this; 1 where TRT-LLM's class has no pipeline.
-        ep: valid expert-parallel sizes up to 64, each for the TP sizes that it divides; (1,) without experts.
+        ep: valid expert-parallel size above 1 -> valid tensor-parallel sizes with it; empty without experts.
         dtype: what the checkpoint's dtype is unless another one is asked for.
         converts_dtype: some weights are stored in another dtype than that.
         rank_bytes: TP size -> bytes of the largest rank at PP 1 and EP 1.
@@ -54,7 +54,7 @@ class Layouts:
 
     tp: tuple[int, ...]
     pp_max: int
-    ep: tuple[int, ...]
+    ep: dict[int, tuple[int, ...]]
     dtype: str
     converts_dtype: bool
     rank_bytes: dict[int, int]
@@ -228,11 +228,12 @@ def _active(counts: Mapping[str, int], model: ModelFacts) -> int | None:
 
 def _layouts(source: hf.Source, config: dict[str, Any], tensors: list[StoredTensor]) -> Layouts:
     tp_sizes = tuple(valid_tp_sizes(config))
+    with_ep = {ep: tuple(valid_tp_sizes(config, ep=ep)) for ep in valid_ep_sizes(config) if ep > 1}
     stored = {tensor.dtype for tensor in tensors if tensor.dtype in _DTYPES.values()}
     return Layouts(
         tp=tp_sizes,
         pp_max=config["num_hidden_layers"] if architectures.get(source.architecture).pipeline else 1,
-        ep=tuple(valid_ep_sizes(config)),
+        ep={ep: sizes for ep, sizes in with_ep.items() if sizes},
         dtype=config["dtype"],
         converts_dtype=not stored <= {_DTYPES[config["dtype"]]},
         rank_bytes={tp: _largest_rank(source, tp) for tp in EXAMPLE_TP if tp in tp_sizes},

@@ -204,6 +204,7 @@ class Sick:
 
     def __init__(self, symptom: str) -> None:
         self.model = llama()
+        self.config = self.model.config
         self.symptom = symptom
         self.calls = 0
 

@@ -43,3 +43,19 @@ def test_wrong_values_are_named(read: str, value: str) -> None:
         getattr(Parameters({"x": value}), read)("x")
     assert f"parameter 'x' is '{value}'" in error.value.cause
     assert error.value.fix
+
+
+def test_the_longest_sequence_is_the_models_unless_it_is_set() -> None:
+    rotary = {"max_position_embeddings": 64, "position_embedding_type": "rope_gpt_neox"}
+    assert Parameters({}).longest_sequence(rotary) == 64
+    assert Parameters({"max_seq_len": "32"}).longest_sequence(rotary) == 32
+    assert Parameters({"max_seq_len": "640"}).longest_sequence(rotary) == 640
+
+
+@pytest.mark.parametrize("kind", [{"position_embedding_type": "learned_absolute"}, {}])
+def test_learned_positions_end_where_their_table_ends(kind: dict[str, str]) -> None:
+    learned = {"max_position_embeddings": 64, **kind}  # learned is TensorRT-LLM's default
+    assert Parameters({"max_seq_len": "64"}).longest_sequence(learned) == 64
+    with pytest.raises(InputError, match="'max_seq_len' is 65, the model has learned 64 positions") as error:
+        Parameters({"max_seq_len": "65"}).longest_sequence(learned)
+    assert "64 or less" in (error.value.fix or "")

@@ -27,6 +27,7 @@ class Counting:
         self.gate.set()
         self.largest = 0
         self.immune = False
+        self.config = SimpleNamespace()
 
     def __call__(self, input_ids: Any, past_key_values: Any, **_: Any) -> Any:
         assert self.gate.wait(PATIENCE_S)

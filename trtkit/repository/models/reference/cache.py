@@ -22,7 +22,7 @@ class _FlatCache(DynamicCache):  # type: ignore[misc]
     """What both caches share: a cache that answers for its own length and keeps nothing in the parent's layers.
 
     The parent class is there because models and mask builders test for it. Its attributes changed between
-    transformers 4.48 and 5; only methods with the same meaning in all of them are overridden.
+    transformers 4.57 and 5; only methods with the same meaning in all of them are overridden.
     """
 
     def __init__(self) -> None:

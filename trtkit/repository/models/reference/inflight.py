@@ -2,8 +2,9 @@
 
 transformers has continuous batching of its own (`generate_batch`), but on a CPU it was 17 to 43 times slower than a
 static batch (benchmarks/reference_runtime.py). Here all rows live in one left-padded cache, and a step is one plain
-forward pass for one token per row. Checked with transformers 4.48, 4.57 and 5.23; in 4.48 GPT-2, OPT, MPT and Gemma 2
-know only caches of their own and fail.
+forward pass for one token per row. Checked with transformers 4.57 and 5.23 for every family of trtkit.architectures:
+the tokens are those that transformers generates for each request alone, or, where the sliding cache of 4.57 is wrong
+(Qwen2-MoE with windows), those that it finds without a cache.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 
 from trtkit.repository.models.reference.cache import BatchCache, PrefillCache
 from trtkit.repository.models.reference.generation import Generation
+from trtkit.repository.models.reference.rope import separate_rows
 from trtkit.repository.models.reference.sampling import BatchSampler
 
 PREFILL_TOKENS = 8192
@@ -49,10 +51,10 @@ class InflightBatch:
         self._tokens = torch.zeros(0, 1, dtype=torch.long)
         self._positions = torch.zeros(0, 1, dtype=torch.long)
         accepted = inspect.signature(model.forward).parameters
-        # Models with ALiBi have no position ids. Until transformers 4.48 the second argument had another name.
+        # Models without position ids (ALiBi) take the positions from the mask.
         self._takes_positions = "position_ids" in accepted
-        last = [name for name in ("logits_to_keep", "num_logits_to_keep") if name in accepted]
-        self._last_only = dict.fromkeys(last[:1], 1)
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self._anew_beyond = separate_rows(model)
 
     @property
     def free(self) -> int:
@@ -84,13 +86,14 @@ class InflightBatch:
 
         A forward pass that raises fails all running requests: nobody can tell whose fault it was.
         """
+        outgrown = [] if self._anew_beyond is None else self._leave_outgrown(self._anew_beyond)
         try:
             with torch.inference_mode():
-                return self._decode()
+                progress = self._decode() if self.running else []
         except Exception as error:
             progress = [_failed(generation, error) for generation in self.running]
             self.clear()
-            return progress
+        return progress + self.join(outgrown) if outgrown else progress
 
     def leave(self, generation: Generation) -> None:
         """Takes a request out before it is done; nothing happens if it does not run."""
@@ -103,6 +106,13 @@ class InflightBatch:
         self.running = []
         self._cache.clear()
         self._rows_changed()
+
+    def _leave_outgrown(self, length: int) -> list[Generation]:
+        """Takes out the requests whose last token is the first beyond this length: their keys must be computed anew."""
+        outgrown = [generation for generation in self.running if len(generation.tokens) == length + 1]
+        for generation in outgrown:
+            self.leave(generation)
+        return outgrown
 
     def _decode(self) -> list[Progress]:
         mask = self._cache.open_column()

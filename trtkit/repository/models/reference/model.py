@@ -8,7 +8,8 @@ Parameters in config.pbtxt (empty or an unfilled "${...}" means the default):
     checkpoint_dir            TRT-LLM checkpoint; relative to the folder of this version
     end_ids                   token ids that end an answer, separated by commas; default none
     exclude_input_in_output   "true" leaves the prompt out of answers that are not streamed; default "false"
-    max_seq_len               most tokens of prompt and output; default what the model was made for
+    max_seq_len               most tokens of prompt and output; default what the model was made for; no more than that
+                              where positions are learned (GPT-2, OPT)
     torch_threads             threads of one operation; default 1 for a small model, torch's choice for others
 `max_batch_size` is the number of requests that run at a time.
 """
@@ -39,20 +40,23 @@ class TritonPythonModel:
         """Loads the checkpoint and starts the worker."""
         import torch
 
+        from trtkit.checkpoint import open_checkpoint
         from trtkit.convert.readback import load_transformers_model
 
         config = json.loads(args["model_config"])
         parameters = Parameters.of(config)
         if config["max_batch_size"] < 1:
             raise InputError("config.pbtxt: max_batch_size is 0", "set how many requests may run at a time")
-        folder = Path(args["model_repository"]) / args["model_version"]
-        model = load_transformers_model(folder / parameters.text("checkpoint_dir", need=True))
+        version = Path(args["model_repository"]) / args["model_version"]
+        folder = version / parameters.text("checkpoint_dir", need=True)
+        longest = parameters.longest_sequence(open_checkpoint(folder).config)
+        model = load_transformers_model(folder)
         small = sum(parameter.numel() for parameter in model.parameters()) < SMALL
         if threads := parameters.integer("torch_threads") or (1 if small else None):
             torch.set_num_threads(threads)
         self.limits = wire.Limits(
             vocab_size=model.config.vocab_size,
-            max_seq_len=parameters.integer("max_seq_len") or _positions(model.config),
+            max_seq_len=longest,
             end_ids=parameters.integers("end_ids"),
             exclude_input_in_output=parameters.flag("exclude_input_in_output"),
             decoupled=pb_utils.using_decoupled_model_transaction_policy(config),
@@ -88,14 +92,6 @@ class TritonPythonModel:
         ask = wire.read_request(inputs, self.limits)
         reply.expect(ask, self.limits.decoupled)
         self.worker.submit(reply, ask.generations, name)
-
-
-def _positions(config: Any) -> int:
-    """Tokens that the model was made for."""
-    positions = getattr(config, "max_position_embeddings", None)
-    if not isinstance(positions, int):
-        raise InputError("config.pbtxt: the checkpoint names no longest sequence", "set parameter 'max_seq_len'")
-    return positions
 
 
 class Reply:

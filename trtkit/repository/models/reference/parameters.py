@@ -44,5 +44,23 @@ class Parameters:
             raise self._wrong(name, "write true or false")
         return value in ("true", "1")
 
+    def longest_sequence(self, checkpoint: Mapping[str, Any]) -> int:
+        """Most tokens of prompt and output: `max_seq_len`, or what the model was made for.
+
+        Args:
+            checkpoint: config.json of the checkpoint.
+
+        Raises:
+            InputError: `max_seq_len` is more than a model with a table of learned positions can do.
+        """
+        positions: int = checkpoint["max_position_embeddings"]
+        wanted = self.integer("max_seq_len") or positions
+        if wanted > positions and checkpoint.get("position_embedding_type", "learned_absolute") == "learned_absolute":
+            fix = f"write {positions} or less, or leave it out"
+            raise InputError(
+                f"config.pbtxt: parameter 'max_seq_len' is {wanted}, the model has learned {positions} positions", fix
+            )
+        return wanted
+
     def _wrong(self, name: str, fix: str) -> InputError:
         return InputError(f"config.pbtxt: parameter '{name}' is '{self.text(name)}'", fix)
