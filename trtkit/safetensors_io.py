@@ -191,9 +191,11 @@ class Reader:
         self._fill(entry, entry.start + start * row_bytes, out.reshape(-1).view(np.uint8).data)
         return out
 
-    def elements(self, entry: TensorEntry, start: int, count: int) -> npt.NDArray[Any]:
-        """`count` elements from flat index `start`, shape `(count,)`."""
-        out = np.empty(count, dtype=entry.dtype)
+    def elements(
+        self, entry: TensorEntry, start: int, count: int, *, out: npt.NDArray[Any] | None = None
+    ) -> npt.NDArray[Any]:
+        """`count` elements from flat index `start`, shape `(count,)`; in the first of `out`, if it is given."""
+        out = np.empty(count, dtype=entry.dtype) if out is None else out[:count]
         self._fill(entry, entry.start + start * entry.dtype.itemsize, out.view(np.uint8).data)
         return out
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from trtkit.checkpoint import rank_file
 from trtkit.convert.cast import Array, CastReport, cast
 from trtkit.convert.follow import FileRecord, Follower, NonFinite
@@ -24,8 +26,8 @@ from trtkit.convert.plan import Box, Placement, Plan
 from trtkit.safetensors_io import DTYPES, Reader, TensorEntry, TensorSpec, Writer
 
 BLOCK_BYTES = 4 << 20
-THREADS = 2
-"""Two copy faster than one; more only wait for the memory."""
+LANES = 2
+"""Threads that copy; more only wait for the memory."""
 AHEAD = 2
 """Layers that may be under way at once: each holds its plan in memory."""
 DIRECT_BYTES = 128 << 10
@@ -88,8 +90,9 @@ def write_ranks(
             writers[rank] = Writer(folder / rank_file(rank), specs, resume=done_units >= 0)
             stack.callback(writers[rank].close)
         follower = stack.enter_context(Follower(plan, writers, checksum=checksum))
-        pool = stack.enter_context(ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "trtkit-copy"))
-        stack.callback(pool.shutdown, cancel_futures=True)
+        lanes = [ThreadPoolExecutor(1, "trtkit-copy") for _ in range(min(LANES, os.cpu_count() or 1))]
+        for pool in lanes:
+            stack.callback(pool.shutdown, cancel_futures=True)
         running: deque[tuple[int, list[tuple[Future[CastReport], int]]]] = deque()
 
         def finish_unit() -> None:
@@ -101,16 +104,16 @@ def write_ranks(
             on_unit(unit, total)
 
         for unit, placements in plan.units(ranks):
-            nbytes = {name: sum(place.nbytes for place in places) for name, places in placements.items()}
             if unit <= done_units:
-                on_progress(sum(nbytes.values()))
+                on_progress(sum(place.nbytes for places in placements.values() for place in places))
                 follower.advance(unit)
                 continue
             names = sorted(placements, key=lambda name: (tensors[name].path, tensors[name].start))
-            jobs = [
-                (pool.submit(_copy_tensor, reader, tensors[name], placements[name], writers, saturate), nbytes[name])
-                for name in names
-            ]
+            jobs = []
+            for index, name in enumerate(names):
+                for lane, places in _share_out(tensors[name], placements[name], index, len(writers), len(lanes)):
+                    job = lanes[lane].submit(_copy_tensor, reader, tensors[name], places, writers, saturate)
+                    jobs.append((job, sum(place.nbytes for place in places)))
             running.append((unit, jobs))
             if len(running) > AHEAD:
                 finish_unit()
@@ -120,6 +123,19 @@ def write_ranks(
         for writer in writers.values() if sync else ():
             writer.sync()
     return Written(files, total, follower.non_finite)
+
+
+def _share_out(
+    entry: TensorEntry, placements: list[Placement], index: int, ranks: int, lanes: int
+) -> Iterator[tuple[int, list[Placement]]]:
+    """Which lane writes what. Each rank's file belongs to one lane, since writers of one file wait for each other; only
+    a single file that is cast is worth sharing, tensor by tensor."""
+    by_lane: dict[int, list[Placement]] = {}
+    for place in placements:
+        casts = DTYPES[place.tensor.dtype] != entry.dtype
+        lane = place.rank if ranks > 1 else index if casts else 0
+        by_lane.setdefault(lane % lanes, []).append(place)
+    yield from by_lane.items()
 
 
 def _copy_tensor(
@@ -155,20 +171,22 @@ def _copy_blocks(
     width = entry.shape[-1] if len(entry.shape) > 1 else 1
     step = max(1, BLOCK_BYTES // (width * entry.dtype.itemsize)) * width
     first, last = _range(placements)
+    # What several ranks hold is cut and cast once.
+    alike: dict[Any, list[Placement]] = {}
+    for place in placements:
+        piece = place.piece
+        alike.setdefault((piece.view, piece.box, piece.plus, place.tensor.dtype), []).append(place)
+    # Both buffers are used again for every block: fresh memory costs more than what is done with it.
+    raw = np.empty(step, entry.dtype)
+    scratch = np.empty(step * 4, np.uint8)
     for start in range(first // width * width, last, step):
-        raw = reader.elements(entry, start, min(step, math.prod(entry.shape) - start))
-        done: dict[Any, list[tuple[int, Array]]] = {}  # what several ranks hold is cut and cast once
-        for place in placements:
-            piece, dtype = place.piece, place.tensor.dtype
-            key = (piece.view, piece.box, piece.plus, dtype)
-            if key not in done:
-                account = report if piece.counted else CastReport()
-                done[key] = [
-                    (offset, cast(part, DTYPES[dtype], entry, account, plus=piece.plus, saturate=saturate))
-                    for offset, part in _cut(piece.view, piece.box, start, raw)
-                ]
-            for offset, part in done[key]:
-                writers[place.rank].write(place.tensor.name, piece.element + offset, part)
+        values = reader.elements(entry, start, min(step, math.prod(entry.shape) - start), out=raw)
+        for (view, box, plus, dtype), places in alike.items():
+            account = report if any(place.piece.counted for place in places) else CastReport()
+            for offset, part in _cut(view, box, start, values):
+                block = cast(part, DTYPES[dtype], entry, account, plus=plus, saturate=saturate, scratch=scratch)
+                for place in places:
+                    writers[place.rank].write(place.tensor.name, place.piece.element + offset, block)
 
 
 def _range(placements: list[Placement]) -> tuple[int, int]:
