@@ -28,7 +28,8 @@ from trtkit.untrusted import is_name, open_plain, parse_json, printable, refuse_
 
 COPY_BYTES = 64 << 20
 """Most that one call to the kernel copies: between two, an interrupt is noticed."""
-_FALLBACK_BYTES = 4 << 20
+PAGE = 4096
+_buffers = threading.local()
 
 MAX_HEADER = 100_000_000
 """Largest header that the format's own reader accepts, in bytes."""
@@ -54,6 +55,10 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+_CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
+"""What copy_file_range answers where a filesystem or the kernel does not do it."""
+_WRITE = 2  # SYNC_FILE_RANGE_WRITE
+
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -296,18 +301,29 @@ class Writer:
         size = entry.dtype.itemsize
         origin, target = entry.start + start * size, self.starts[name] + element * size
         left, descriptor = count * size, reader.descriptor(entry.path)
+        # Where the two places differ within a page, the kernel touches every page twice, and a buffer is faster.
+        in_kernel = (origin - target) % PAGE == 0
         while left:
             try:
-                copied = os.copy_file_range(descriptor, self._file, min(left, COPY_BYTES), origin, target)
+                copied = (
+                    os.copy_file_range(descriptor, self._file, min(left, COPY_BYTES), origin, target)
+                    if in_kernel
+                    else self._copy_through_memory(descriptor, left, origin, target)
+                )
             except OSError as error:
-                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
+                if not in_kernel or error.errno not in _CANNOT_COPY:
                     raise
-                copied = self._copy_through_memory(descriptor, min(left, _FALLBACK_BYTES), origin, target)
+                in_kernel = False
+                continue
             if copied == 0:
                 raise InputError(
                     f"{entry.path}: ends within tensor '{entry.name}'", "the file was changed while it was read"
                 )
             left, origin, target = left - copied, origin + copied, target + copied
+
+    def start_writeback(self, offset: int, count: int) -> None:
+        """Has the kernel begin to write these bytes to the disk, so that `sync` finds little left to wait for."""
+        ctypes.CDLL(None).sync_file_range(self._file, ctypes.c_int64(offset), ctypes.c_int64(count), _WRITE)
 
     def read(self, offset: int, count: int) -> bytes:
         """`count` bytes of the file."""
@@ -321,9 +337,11 @@ class Writer:
         os.close(self._file)
 
     def _copy_through_memory(self, descriptor: int, count: int, origin: int, target: int) -> int:
-        data = os.pread(descriptor, count, origin)
-        self._write_all(target, data)
-        return len(data)
+        if not hasattr(_buffers, "copy"):
+            _buffers.copy = memoryview(bytearray(4 << 20))
+        read = os.preadv(descriptor, [_buffers.copy[:count]], origin)
+        self._write_all(target, _buffers.copy[:read])
+        return read
 
     def _write_all(self, offset: int, data: bytes | memoryview) -> None:
         view = memoryview(data)

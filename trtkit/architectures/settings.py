@@ -10,6 +10,7 @@ from trtkit.architectures.rules import Config
 from trtkit.errors import InputError
 from trtkit.untrusted import printable
 
+MAX_EXPERTS = 10_000
 ROPE_TYPES = ("linear", "dynamic", "llama3", "yarn", "longrope")
 """Kinds of rope scaling that TRT-LLM runs (tensorrt_llm/functional.py, RotaryScalingType)."""
 
@@ -174,6 +175,8 @@ def experts_config(hf: Config, *, renormalize: bool) -> dict[str, Any]:
         InputError: fewer experts than TRT-LLM takes for a mixture, or than a token is sent to.
     """
     experts, chosen = integer(hf, "num_local_experts"), integer(hf, "num_experts_per_tok")
+    if experts > MAX_EXPERTS:  # a plan has an entry for each
+        raise unexpected("num_local_experts", experts, f"at most {MAX_EXPERTS:,}")
     if experts < 2:
         raise InputError("config.json: TRT-LLM runs no mixture of 1 expert", "use a model with more experts")
     if chosen > experts:

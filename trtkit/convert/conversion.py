@@ -270,7 +270,7 @@ def _write_stage(
         plan,
         tensors,
         folder,
-        plan.stages()[stage],
+        [rank for rank in plan.stages()[stage] if rank not in progress.finished],
         checksum=options.checksum,
         saturate=options.saturate,
         sync=options.sync,

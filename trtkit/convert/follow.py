@@ -1,7 +1,8 @@
-"""Reads the rank files right behind the writer, in a thread of its own: their checksums, and NaN or infinity in them.
+"""Follows right behind the writer of the rank files, in a thread of its own: checksums, NaN or infinity in them, and
+having them written to the disk.
 
-A file's checksum needs its bytes in order, and the writer fills all ranks a layer at a time; so the follower reads each
-file up to where it is complete, while the pages are still in memory.
+A file's checksum needs its bytes in order, and the writer fills all ranks a layer at a time; so the follower goes
+through each file up to where it is complete, while the pages are still in memory.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import blake3
 import numpy as np
+import numpy.typing as npt
 
 from trtkit.convert.plan import Piece, Plan, PlannedTensor
 from trtkit.safetensors_io import DTYPES, Writer
@@ -49,11 +51,12 @@ class Follower:
         non_finite: what was found so far, at most one entry per source tensor and rank.
     """
 
-    def __init__(self, plan: Plan, writers: Mapping[int, Writer], *, checksum: bool) -> None:
+    def __init__(self, plan: Plan, writers: Mapping[int, Writer], *, checksum: bool, sync: bool) -> None:
         self.non_finite: list[NonFinite] = []
         self._writers = writers
         self._checksum = checksum
-        self._files = {rank: _File(plan.ranks[rank], writer) for rank, writer in writers.items()} if checksum else {}
+        self._runs = checksum or sync
+        self._files = {rank: _File(plan.ranks[rank], writer, checksum, sync) for rank, writer in writers.items()}
         self._condition = threading.Condition()
         self._unit = self._followed = -1
         self._stop = threading.Event()
@@ -61,7 +64,7 @@ class Follower:
         self._thread = threading.Thread(target=self._run, name="trtkit-checksum", daemon=True)
 
     def __enter__(self) -> Follower:
-        if self._checksum:
+        if self._runs:
             self._thread.start()
         return self
 
@@ -71,7 +74,7 @@ class Follower:
         self._stop.set()
         with self._condition:
             self._condition.notify()
-        if self._checksum:
+        if self._runs:
             self._thread.join()
 
     def advance(self, unit: int) -> None:
@@ -84,13 +87,16 @@ class Follower:
 
     def finish(self) -> dict[int, FileRecord]:
         """Waits until all is read; the record of each rank's file."""
-        if not self._checksum:
+        if not self._runs:
             return {rank: FileRecord(writer.size, None) for rank, writer in self._writers.items()}
         with self._condition:
             self._condition.wait_for(lambda: self._error or all(file.done for file in self._files.values()))
             if self._error:
                 raise self._error
-        return {rank: FileRecord(file.writer.size, file.hasher.hexdigest()) for rank, file in self._files.items()}
+        return {
+            rank: FileRecord(file.writer.size, file.hasher.hexdigest() if self._checksum else None)
+            for rank, file in self._files.items()
+        }
 
     def _run(self) -> None:
         try:
@@ -112,10 +118,11 @@ class Follower:
 
 
 class _File:
-    """One rank's file and how far it was read."""
+    """One rank's file and how far it was followed."""
 
-    def __init__(self, planned: list[PlannedTensor], writer: Writer) -> None:
+    def __init__(self, planned: list[PlannedTensor], writer: Writer, checksum: bool, sync: bool) -> None:
         self.writer = writer
+        self._checksum, self._sync = checksum, sync
         self.hasher = blake3.blake3()
         by_name = {tensor.name: tensor for tensor in planned}
         self._tensors = [by_name[spec.name] for spec in writer.order]
@@ -130,12 +137,13 @@ class _File:
         return self._read == self.writer.size
 
     def follow(self, unit: int) -> list[NonFinite]:
-        """Reads as far as the file is complete when all units up to `unit` are."""
+        """Goes as far as the file is complete when all units up to `unit` are."""
         while self._complete < len(self._tensors) and self._tensors[self._complete].unit <= unit:
             self._complete += 1
         limit = self._starts[self._complete] if self._complete < len(self._tensors) else self.writer.size
         found: list[NonFinite] = []
-        while self._read < limit:
+        start = self._read
+        while self._checksum and self._read < limit:
             # Blocks end at multiples of 4 so that no element of any dtype is cut in two.
             stop = min((self._read + READ_BYTES) // 4 * 4, limit)
             data = self.writer.read(self._read, stop - self._read)
@@ -144,6 +152,9 @@ class _File:
             self.hasher.update(data)
             found += self._scan(data, self._read, stop)
             self._read = stop
+        self._read = max(self._read, limit)
+        if self._sync and self._read > start:
+            self.writer.start_writeback(start, self._read - start)
         return found
 
     def _scan(self, data: bytes, start: int, stop: int) -> list[NonFinite]:
@@ -156,18 +167,23 @@ class _File:
             bits = np.frombuffer(data, f"u{size}", (high - low) // size, low - start)
             magnitudes = bits & ((1 << 8 * size - 1) - 1)
             if magnitudes.max(initial=0) >= infinity:
-                element = int(np.flatnonzero(magnitudes >= infinity)[0])
-                value = "NaN" if magnitudes[element] > infinity else "infinity"
-                found += self._name(tensor, (low - first) // size + element, value)
+                elements = np.flatnonzero(magnitudes >= infinity)
+                nan = magnitudes[elements] > infinity
+                found += self._name(tensor, elements + (low - first) // size, nan)
             position += 1
         return found
 
-    def _name(self, tensor: PlannedTensor, element: int, value: str) -> list[NonFinite]:
-        piece = next(p for p in reversed(tensor.pieces) if p.element <= element)
-        if piece.source in self._seen:
-            return []
-        self._seen.add(piece.source)
-        return [NonFinite(piece.source, _source_index(piece, element - piece.element), value)]
+    def _name(self, tensor: PlannedTensor, elements: npt.NDArray[Any], nan: npt.NDArray[Any]) -> list[NonFinite]:
+        """The first of each source tensor among these elements of a checkpoint tensor."""
+        found = []
+        for piece in tensor.pieces:
+            nth = int(np.searchsorted(elements, piece.element))
+            if nth == len(elements) or elements[nth] >= piece.element + piece.count or piece.source in self._seen:
+                continue
+            self._seen.add(piece.source)
+            index = _source_index(piece, int(elements[nth]) - piece.element)
+            found.append(NonFinite(piece.source, index, "NaN" if nan[nth] else "infinity"))
+        return found
 
 
 def _source_index(piece: Piece, element: int) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from trtkit import __version__, architectures
 from trtkit.architectures.rules import Architecture, Stacked
+from trtkit.architectures.settings import MAX_EXPERTS
 from trtkit.convert.plan import Plan, plan_checkpoint
 from trtkit.errors import InputError
 from trtkit.hf import Source
@@ -121,6 +122,8 @@ def _unstack(name: str, entry: TensorEntry, layouts: tuple[Stacked, ...]) -> lis
         if match is None or len(entry.shape) != 3 or entry.shape[1] % len(layout.names):
             continue
         experts, rows, columns = entry.shape
+        if experts > MAX_EXPERTS:
+            break
         shape = (rows // len(layout.names), columns)
         parts: list[tuple[str, TensorEntry]] = []
         for expert in range(experts):

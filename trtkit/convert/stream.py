@@ -89,7 +89,7 @@ def write_ranks(
                 (folder / rank_file(rank)).unlink(missing_ok=True)
             writers[rank] = Writer(folder / rank_file(rank), specs, resume=done_units >= 0)
             stack.callback(writers[rank].close)
-        follower = stack.enter_context(Follower(plan, writers, checksum=checksum))
+        follower = stack.enter_context(Follower(plan, writers, checksum=checksum, sync=sync))
         lanes = [ThreadPoolExecutor(1, "trtkit-copy") for _ in range(min(LANES, os.cpu_count() or 1))]
         for pool in lanes:
             stack.callback(pool.shutdown, cancel_futures=True)
