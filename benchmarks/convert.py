@@ -10,8 +10,9 @@ that a busy moment of the machine hits all alike. Ratios are medians over rounds
 
 `cp` returns before its bytes are on the disk while `trtkit convert` syncs its files, so each is timed both ways: `cp`
 with and without a following `sync`, convert with its own sync and, for the ratio to plain cp, without. Right before
-each run the source is copied once and the copy removed, untimed: a virtual machine gets memory from its host at the
-first touch only, which cost the first run that touched it up to five times its time.
+each run the source is copied twice and the copies removed, untimed: a virtual machine gets free memory from its host at
+the first touch only, and that made the same run take up to five times as long. Sizes beyond a tenth of the memory make
+the kernel write to the disk meanwhile, which has the same effect on all rows, but not evenly.
 
 Memory is the peak resident set that the kernel reports when a process ends. This process stays small, since a child
 inherits its parent's peak.
@@ -96,8 +97,7 @@ def compare(folder: Path, arguments: argparse.Namespace) -> None:
     runs: dict[str, list[Run]] = {name: [] for name in rows}
     for index in range(arguments.rounds):
         for name, command in rows.items():
-            touch_memory(source, folder / "touched")
-            runs[name].append(measure(command, folder / "out"))
+            runs[name].append(measure(command, folder / "out", source))
             print(f"  round {index + 1}: {name}: {runs[name][-1].wall:.2f} s", file=sys.stderr)
     print(f"{'':58}{'GB/s':>7}{'of cp':>7}{'of cp+sync':>11}{'CPU s':>7}{'MB':>7}")
     for name, results in runs.items():
@@ -143,9 +143,14 @@ def commands(source: Path, out: Path, no_transformers: bool) -> dict[str, list[s
     return rows
 
 
-def measure(command: list[str], out: Path) -> Run:
+def measure(command: list[str], out: Path, source: Path | None = None) -> Run:
     out.mkdir()
     subprocess.run(["sync"], check=True)  # what the last one left to be written is not this one's burden
+    if source:
+        for copy in ("a", "b"):
+            shutil.copytree(source, out / copy)
+        shutil.rmtree(out)
+        out.mkdir()
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert process.stderr is not None
@@ -157,11 +162,6 @@ def measure(command: list[str], out: Path) -> Run:
         sys.exit(f"{' '.join(command)} failed:\n{errors.decode()}")
     shutil.rmtree(out)
     return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1e3)
-
-
-def touch_memory(source: Path, folder: Path) -> None:
-    shutil.copytree(source, folder)
-    shutil.rmtree(folder)
 
 
 def make_source(folder: Path, gigabytes: float) -> Path:

@@ -137,8 +137,7 @@ def huggingface_config(config: Config) -> dict[str, Any]:
     if config["position_embedding_type"] == "long_rope":
         result["original_max_position_embeddings"] = config["original_max_position_embeddings"]
         result["rope_scaling"] = {
-            "type": "longrope",
-            "rope_type": "longrope",
+            "type": "longrope",  # and no `rope_type`: transformers 4 refuses a fourth key
             "short_factor": config["longrope_scaling_short_factors"],
             "long_factor": config["longrope_scaling_long_factors"],
         }

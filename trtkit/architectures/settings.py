@@ -11,8 +11,9 @@ from trtkit.errors import InputError
 from trtkit.untrusted import printable
 
 MAX_EXPERTS = 10_000
-ROPE_TYPES = ("linear", "dynamic", "llama3", "yarn", "longrope")
-"""Kinds of rope scaling that TRT-LLM runs (tensorrt_llm/functional.py, RotaryScalingType)."""
+ROPE_TYPES = ("linear", "dynamic", "llama3", "yarn")
+"""Kinds of rope scaling that TRT-LLM runs with `rope_gpt_neox` positions (tensorrt_llm/functional.py,
+RotaryScalingType); long rope has a position type of its own, which only Phi-3's class uses."""
 
 
 def integer(hf: Config, key: str, default: int | None = None) -> int:

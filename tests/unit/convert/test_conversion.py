@@ -21,8 +21,10 @@ import torch
 from trtkit import hf
 from trtkit.checkpoint import open_checkpoint
 from trtkit.convert import conversion, follow
-from trtkit.convert.conversion import Options, convert
-from trtkit.convert.source import Layout, plan_conversion
+from trtkit.convert.conversion import Options, Progress, convert
+from trtkit.convert.plan import Plan
+from trtkit.convert.source import Layout, plan_conversion, source_tensors
+from trtkit.convert.stream import write_ranks
 from trtkit.convert.verify import check_files
 from trtkit.errors import InputError, LacksError
 
@@ -151,6 +153,23 @@ def test_after_a_restart_of_the_machine_an_unfinished_stage_begins_anew(
             file.truncate(1000)
     monkeypatch.setattr(conversion, "_boot_id", lambda: "another boot")
     convert(plan, opened, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_stage_that_was_finished_in_part_elsewhere_is_completed(make_source: Any, tmp_path: Path) -> None:
+    """Over a cluster, ranks of one stage finish one by one."""
+    opened = hf.open_source(make_source())
+    plan = plan_conversion(opened, LAYOUT)
+    convert(plan, opened, tmp_path / "whole")
+
+    def half(plan: Plan, source: Any, folder: Path, options: Options, progress: Progress, advance: Any) -> None:
+        progress.finish(write_ranks(plan, source_tensors(source), folder, [1, 2]))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(plan, opened, tmp_path / "out", write=half)
+    found = convert(plan, opened, tmp_path / "out")
+    assert found.resumed_bytes == plan.rank_bytes(1) + plan.rank_bytes(2)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -302,6 +321,18 @@ def test_nan_and_infinity_are_reported_with_tensor_and_index(
     assert [(each.tensor, each.index, each.value) for each in found.non_finite] == [(tensor, index, kind)]
     manifest = json.loads((tmp_path / "out" / "conversion.json").read_text())
     assert manifest["non_finite"] == [{"tensor": tensor, "index": list(index), "value": kind}]
+
+
+def test_every_tensor_that_holds_nan_is_named(make_source: Any, tmp_path: Path) -> None:
+    """Also where they lie in one tensor of the checkpoint."""
+    source = make_source()
+    state = safetensors.torch.load_file(source / "model.safetensors")
+    for which in "qkv":
+        state[f"model.layers.1.self_attn.{which}_proj.weight"][5, 7:] = float("nan")
+    safetensors.torch.save_file(state, source / "model.safetensors")
+    opened = hf.open_source(source)
+    found = convert(plan_conversion(opened, Layout(tp=2)), opened, tmp_path / "out").non_finite
+    assert [(each.tensor[-13:], each.index) for each in found] == [(f"{w}_proj.weight", (5, 7)) for w in "kqv"]
 
 
 def test_the_account_counts_every_source_value_once(make_source: Any, tmp_path: Path) -> None:

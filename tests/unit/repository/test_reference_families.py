@@ -39,10 +39,6 @@ CASES = {
     **families.CASES,
     # Frequencies for every length beyond 16, not only for two.
     "llama-dynamic": families.Case("llama", {**_rope(rope_type="dynamic", factor=2.0), "max_position_embeddings": 16}),
-    # transformers' Llama does not compute its keys anew as Phi-3 does.
-    "llama-long": families.Case(
-        "llama", {**_rope(**families.LONG_ROPE, original_max_position_embeddings=16), "hidden_size": 64}
-    ),
 }
 
 
