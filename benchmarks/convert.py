@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--size", type=float, default=4, help="GB of the source")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=None, help="where to work (default: the temporary folder)")
-    parser.add_argument("--only", nargs="*", default=None, help="rows to measure, by the beginning of their names")
+    parser.add_argument("--only", nargs="*", default=None, help="rows to measure beside cp's, by their names")
     parser.add_argument("--no-transformers", action="store_true")
     parser.add_argument("--make", type=Path, help="only make a source, in this folder")
     parser.add_argument("--memory", type=float, nargs="*", help="only peak memory, at these sizes in GB")
@@ -82,7 +82,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="trtkit-benchmark-", dir=arguments.folder) as name:
         if arguments.memory:
-            memory(Path(name), arguments.memory)
+            memory(Path(name), arguments.memory, arguments.only)
         else:
             compare(Path(name), arguments)
 
@@ -92,7 +92,7 @@ def compare(folder: Path, arguments: argparse.Namespace) -> None:
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     rows = commands(source, folder / "out", arguments.no_transformers)
     if arguments.only is not None:
-        rows = {n: c for n, c in rows.items() if n.startswith("cp") or any(n.startswith(o) for o in arguments.only)}
+        rows = {n: c for n, c in rows.items() if n.startswith("cp") or n in arguments.only}
     print(f"{size / 1e9:.2f} GB in {len(list(source.glob('*.safetensors')))} shards, {arguments.rounds} rounds")
     runs: dict[str, list[Run]] = {name: [] for name in rows}
     for index in range(arguments.rounds):
@@ -110,12 +110,12 @@ def compare(folder: Path, arguments: argparse.Namespace) -> None:
         print(f"{name:58}{size / wall / 1e9:7.2f}{against['cp']:7.2f}{against['cp + sync']:11.2f}{cpu:7.2f}{peak:7.0f}")
 
 
-def memory(folder: Path, sizes: list[float]) -> None:
+def memory(folder: Path, sizes: list[float], only: list[str] | None) -> None:
     print(f"{'GB':>5} {'':34}{'peak MB':>8}")
     for size in sizes:
         source = make_source(folder / "source", size)
         for name, command in commands(source, folder / "out", no_transformers=True).items():
-            if name.startswith("convert"):
+            if name.startswith("convert") and (only is None or name in only):
                 print(f"{size:5.1f} {name:34}{measure(command, folder / 'out').rss:8.0f}")
         shutil.rmtree(source)
 

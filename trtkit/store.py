@@ -54,6 +54,9 @@ def atomic_dir(out: Path, *, replace: bool = False, resume: str | None = None) -
         temporary.chmod(0o777 & ~_umask())
         yield temporary
         check_output(out, replace=replace)
+        if name is not None:
+            # A name of its own: once it is published, nobody may take what was replaced for something to go on with.
+            temporary = temporary.rename(tempfile.mkdtemp(prefix=f".{out.name}.tmp-", dir=out.parent))
         _publish(temporary, out)
     except BaseException as error:
         if name is None or isinstance(error, Exception):

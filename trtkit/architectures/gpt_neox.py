@@ -19,7 +19,7 @@ from trtkit.architectures.rules import (
     replicated,
     row,
 )
-from trtkit.architectures.settings import choice, decoder_config, flag, integer, must_be, number
+from trtkit.architectures.settings import choice, decoder_config, flag, integer, must_be, number, share
 
 _HF = "gpt_neox.layers.{layer}."
 _TRT = "transformer.layers.{layer}."
@@ -55,7 +55,7 @@ def checkpoint_config(hf: Config) -> dict[str, Any]:
         "intermediate_size": integer(hf, "intermediate_size"),
         "max_position_embeddings": integer(hf, "max_position_embeddings"),
         "position_embedding_type": "rope_gpt_neox",
-        "rotary_pct": number(hf, "partial_rotary_factor", 0.25),
+        "rotary_pct": share(hf, "partial_rotary_factor", 0.25),
         "rotary_emb_base": base,  # the one that this class reads
         "rotary_base": base,
         "rotary_scaling": None,

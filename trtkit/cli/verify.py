@@ -32,7 +32,7 @@ def command(paths: tuple[str, ...], revision: str | None, as_json: bool) -> int:
     """
     from trtkit.checkpoint import open_checkpoint, read_checkpoint_config
     from trtkit.convert.verify import Verification, check_files, verify
-    from trtkit.errors import InputError, TrtkitError
+    from trtkit.errors import CheckFailedError, InputError, TrtkitError
 
     if len(paths) > 2:
         raise click.UsageError(f"one or two arguments are wanted, these are {len(paths)}")
@@ -43,14 +43,16 @@ def command(paths: tuple[str, ...], revision: str | None, as_json: bool) -> int:
     try:
         ranks = open_checkpoint(checkpoint)
         with progress("comparing checksums") as update:
-            files = check_files(ranks, on_progress=update)
-        result = files
-        if opened is not None:
+            result = files = check_files(ranks, on_progress=update)
+    except TrtkitError as error:  # a damaged checkpoint is a failed check, not wrong usage
+        damage = error.cause
+    if opened is not None and not damage:
+        try:
             with progress("comparing with the source") as update:
                 result = verify(opened, ranks, on_progress=update)
             result = replace(result, files=files.files, checksums=files.checksums)
-    except TrtkitError as error:  # a damaged checkpoint is a failed check, not wrong usage
-        damage = error.cause
+        except CheckFailedError as error:
+            damage = error.cause
     if opened is None and not result.checksums and not damage:
         raise InputError(f"{checkpoint} has no checksums", "give its source too: trtkit verify SOURCE CHECKPOINT")
     passed = result.passed and not damage

@@ -17,13 +17,13 @@ from typing import Any
 import blake3
 
 from trtkit import __version__
-from trtkit.checkpoint import MANIFEST, is_checkpoint, rank_file
+from trtkit.checkpoint import MANIFEST, is_checkpoint, rank_file, read_manifest
 from trtkit.convert.cast import CastReport
 from trtkit.convert.follow import FileRecord, NonFinite
 from trtkit.convert.plan import Plan
 from trtkit.convert.source import source_tensors
 from trtkit.convert.stream import Written, write_ranks
-from trtkit.errors import InputError, LacksError
+from trtkit.errors import InputError, LacksError, TrtkitError
 from trtkit.hf import Source
 from trtkit.safetensors_io import TensorEntry
 from trtkit.store import atomic_dir, atomic_write, check_output, digest
@@ -97,7 +97,14 @@ def convert(
 
 def resume_key(plan: Plan, source: Source, options: Options) -> str:
     """Digest of all that determines the bytes of a checkpoint, so that only the same conversion goes on with it."""
-    return digest({"source": source.identity(), "config": plan.config, "options": _manifest_options(plan, options)})
+    return digest(
+        {
+            "source": source.identity(),
+            "config": plan.config,
+            "options": _manifest_options(plan, options),
+            "sync": options.sync,
+        }
+    )
 
 
 def check_target(out: Path, source: Source, *, replace: bool = False) -> None:
@@ -133,6 +140,9 @@ def write_checkpoint(
     """Like `convert`, into an existing folder that the caller publishes. What an interrupted call of the same plan,
     source and options left there is kept."""
     options = options or Options()
+    identity = source.identity()
+    if earlier := _finished(plan, source, folder, options):
+        return earlier
     _clean(folder)
     progress = Progress.read(folder)
     done = sum(plan.rank_bytes(rank) for rank in progress.finished)
@@ -153,6 +163,8 @@ def write_checkpoint(
             raise LacksError(f"{folder.parent}: the disk is full", f"{_gigabytes(total)} are needed there") from error
         raise
     on_progress(total, total)
+    if source.identity() != identity:
+        raise InputError(f"{source.path} was changed while it was read", "convert it again when it is complete")
     _finish(plan, source, folder, options, progress)
     return Conversion(progress.report, progress.non_finite, resumed)
 
@@ -183,17 +195,20 @@ class Progress:
         """The progress noted in a folder; none where nothing (readable) is."""
         try:
             noted = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            progress = cls(
+                folder,
+                {int(rank): FileRecord(**record) for rank, record in noted["finished"].items()},
+                CastReport(**noted["report"]),
+                [NonFinite(found["tensor"], tuple(found["index"]), found["value"]) for found in noted["non_finite"]],
+            )
+            if noted["boot"] and noted["boot"] == _boot_id():
+                progress.stage, progress.unit = noted["stage"], noted["unit"]
+                progress.unit_report = CastReport(**noted["unit_report"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return cls(folder)
-        progress = cls(
-            folder,
-            {int(rank): FileRecord(**record) for rank, record in noted["finished"].items()},
-            CastReport(**noted["report"]),
-            [NonFinite(found["tensor"], tuple(found["index"]), found["value"]) for found in noted["non_finite"]],
-        )
-        if noted["boot"] == _boot_id():
-            progress.stage, progress.unit = noted["stage"], noted["unit"]
-            progress.unit_report = CastReport(**noted["unit_report"])
+        for rank, record in progress.finished.items():
+            if not _has_size(folder / rank_file(rank), record.bytes):
+                return cls(folder)  # somebody was at the files: nothing of the account holds
         return progress
 
     def start(self, stage: int) -> tuple[int, CastReport]:
@@ -252,7 +267,10 @@ def _write_stage(
     progress: Progress,
     advance: Callable[[int], None],
 ) -> None:
+    ranks = [rank for rank in plan.stages()[stage] if rank not in progress.finished]
     done, report = progress.start(stage)
+    if not all((folder / rank_file(rank)).is_file() for rank in ranks):
+        done, report = -1, CastReport()
     since_note = 0
 
     def count(nbytes: int) -> None:
@@ -270,7 +288,7 @@ def _write_stage(
         plan,
         tensors,
         folder,
-        [rank for rank in plan.stages()[stage] if rank not in progress.finished],
+        ranks,
         checksum=options.checksum,
         saturate=options.saturate,
         sync=options.sync,
@@ -280,6 +298,30 @@ def _write_stage(
         on_progress=count,
     )
     progress.finish(written, sync=options.sync)
+
+
+def _finished(plan: Plan, source: Source, folder: Path, options: Options) -> Conversion | None:
+    """What an earlier call found, if it finished this very checkpoint here and was stopped before it was published."""
+    try:
+        manifest = read_manifest(folder)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (TrtkitError, OSError, ValueError):
+        return None
+    if (
+        manifest is None
+        or config != plan.config
+        or manifest.get("source") != {"origin": source.origin, **source.identity()}
+        or manifest.get("options") != _manifest_options(plan, options)
+        or not all(_has_size(folder / name, record["bytes"]) for name, record in manifest["files"].items())
+    ):
+        return None
+    found = [NonFinite(each["tensor"], tuple(each["index"]), each["value"]) for each in manifest["non_finite"] or []]
+    (folder / PROGRESS).unlink(missing_ok=True)
+    return Conversion(CastReport(**manifest["report"]), found, sum(map(plan.rank_bytes, range(len(plan.ranks)))))
+
+
+def _has_size(file: Path, size: int) -> bool:
+    return file.is_file() and file.stat().st_size == size
 
 
 def _clean(folder: Path) -> None:
@@ -301,7 +343,7 @@ def _finish(plan: Plan, source: Source, folder: Path, options: Options, progress
         "source": {"origin": source.origin, **source.identity()},
         "options": _manifest_options(plan, options),
         "report": asdict(progress.report),
-        "non_finite": [asdict(found) for found in progress.non_finite],
+        "non_finite": [asdict(found) for found in progress.non_finite] if options.checksum else None,
         "files": {name: asdict(record) for name, record in files.items()},
     }
     atomic_write(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")

@@ -107,7 +107,7 @@ class Follower:
                 for file in self._files.values():
                     if self._stop.is_set():
                         return
-                    self.non_finite += file.follow(unit)
+                    self.non_finite += file.follow(unit, self._stop)
                 with self._condition:
                     self._followed = unit
                     self._condition.notify()
@@ -136,14 +136,16 @@ class _File:
     def done(self) -> bool:
         return self._read == self.writer.size
 
-    def follow(self, unit: int) -> list[NonFinite]:
-        """Goes as far as the file is complete when all units up to `unit` are."""
+    def follow(self, unit: int, stop_event: threading.Event) -> list[NonFinite]:
+        """Goes as far as the file is complete when all units up to `unit` are, unless it is told to stop."""
         while self._complete < len(self._tensors) and self._tensors[self._complete].unit <= unit:
             self._complete += 1
         limit = self._starts[self._complete] if self._complete < len(self._tensors) else self.writer.size
         found: list[NonFinite] = []
         start = self._read
         while self._checksum and self._read < limit:
+            if stop_event.is_set():
+                return found
             # Blocks end at multiples of 4 so that no element of any dtype is cut in two.
             stop = min((self._read + READ_BYTES) // 4 * 4, limit)
             data = self.writer.read(self._read, stop - self._read)

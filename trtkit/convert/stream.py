@@ -1,7 +1,7 @@
-"""Executes a plan for some ranks: reads each source tensor once, a block at a time, and writes it into all rank files.
+"""Executes a plan for some ranks: goes through the source layer by layer, and writes each tensor into all rank files.
 
 What is contiguous in the source and keeps its dtype is copied by the kernel; the rest goes through memory in blocks.
-Memory: one block of the source and its cast copy, and the plan of one layer, whatever the model's size.
+Memory: for each thread a block of the source and its cast copy, and the plan of a few layers, however large the model.
 """
 
 from __future__ import annotations
@@ -91,8 +91,7 @@ def write_ranks(
             stack.callback(writers[rank].close)
         follower = stack.enter_context(Follower(plan, writers, checksum=checksum, sync=sync))
         lanes = [ThreadPoolExecutor(1, "trtkit-copy") for _ in range(min(LANES, os.cpu_count() or 1))]
-        for pool in lanes:
-            stack.callback(pool.shutdown, cancel_futures=True)
+        stack.callback(_shut_down, lanes)
         running: deque[tuple[int, list[tuple[Future[CastReport], int]]]] = deque()
 
         def finish_unit() -> None:
@@ -123,6 +122,13 @@ def write_ranks(
         for writer in writers.values() if sync else ():
             writer.sync()
     return Written(files, total, follower.non_finite)
+
+
+def _shut_down(lanes: list[ThreadPoolExecutor]) -> None:
+    for lane in lanes:
+        lane.shutdown(wait=False, cancel_futures=True)
+    for lane in lanes:
+        lane.shutdown()
 
 
 def _share_out(

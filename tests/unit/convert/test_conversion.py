@@ -21,12 +21,13 @@ import torch
 from trtkit import hf
 from trtkit.checkpoint import open_checkpoint
 from trtkit.convert import conversion, follow
-from trtkit.convert.conversion import Options, Progress, convert
+from trtkit.convert.conversion import Options, Progress, convert, write_checkpoint
 from trtkit.convert.plan import Plan
 from trtkit.convert.source import Layout, plan_conversion, source_tensors
 from trtkit.convert.stream import write_ranks
 from trtkit.convert.verify import check_files
 from trtkit.errors import InputError, LacksError
+from trtkit.store import atomic_dir
 
 LAYOUT = Layout(tp=2, pp=2, dtype="float16", parallel_embedding="vocab")
 
@@ -171,6 +172,33 @@ def test_a_stage_that_was_finished_in_part_elsewhere_is_completed(make_source: A
     found = convert(plan, opened, tmp_path / "out")
     assert found.resumed_bytes == plan.rank_bytes(1) + plan.rank_bytes(2)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_what_is_finished_but_not_published_is_not_made_again(make_source: Any, tmp_path: Path) -> None:
+    """`trtkit build` compares with the source before it publishes, which may be interrupted too."""
+    opened = hf.open_source(make_source())
+    plan = plan_conversion(opened, LAYOUT)
+    with pytest.raises(KeyboardInterrupt), atomic_dir(tmp_path / "out", resume="key") as folder:
+        write_checkpoint(plan, opened, folder)
+        before = {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in folder.iterdir()}
+        raise KeyboardInterrupt
+    with atomic_dir(tmp_path / "out", resume="key") as folder:
+        found = write_checkpoint(plan, opened, folder)
+    assert {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in (tmp_path / "out").iterdir()} == before
+    assert found.resumed_bytes == sum(plan.rank_bytes(rank) for rank in range(4))
+
+
+def test_a_source_that_changes_meanwhile_is_an_error(make_source: Any, tmp_path: Path) -> None:
+    source = make_source()
+    opened = hf.open_source(source)
+
+    def change(*args: Any) -> None:
+        conversion.write_here(*args)
+        (source / "model.safetensors").touch()
+
+    with pytest.raises(InputError, match="was changed while it was read"):
+        convert(plan_conversion(opened, LAYOUT), opened, tmp_path / "out", write=change)
+    assert [path.name for path in tmp_path.iterdir()] == [source.name]
 
 
 def test_other_options_do_not_go_on_with_it(make_source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
