@@ -124,12 +124,15 @@ def commands(source: Path, out: Path, no_transformers: bool) -> dict[str, list[s
     convert = [sys.executable, "-m", "trtkit", "convert", str(source), str(out / "checkpoint")]
     cp = f"cp {source}/*.safetensors {out}"
     fast = ["--no-checksum", "--no-sync"]
+    split = ["--tp", "8", "--parallel-embedding", "vocab"]  # otherwise each rank has a copy of the embedding
     rows = {
         "cp": ["sh", "-c", cp],
         "cp + sync": ["sh", "-c", f"{cp} && sync {out}/*.safetensors"],
         "convert TP1 (no checksum, no sync)": [*convert, *fast],
         "convert TP4 PP2 (no checksum, no sync)": [*convert, *fast, "--tp", "4", "--pp", "2"],
         "convert TP8 (no checksum, no sync)": [*convert, *fast, "--tp", "8"],
+        "convert TP8, embedding split (no checksum, no sync)": [*convert, *fast, *split],
+        "convert TP8, embedding split (no sync)": [*convert, "--no-sync", *split],
         "convert TP1 (no sync)": [*convert, "--no-sync"],
         "convert TP8 (no sync)": [*convert, "--no-sync", "--tp", "8"],
         "convert TP1": convert,

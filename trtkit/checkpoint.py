@@ -156,7 +156,11 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     manifest = read_json(file, "a checkpoint")
     files = manifest.get("files")
     good = isinstance(files, dict) and all(
-        Path(name).name == name and isinstance(record, dict) and _is_count(record.get("bytes")) and "blake3" in record
+        is_name(name, 100)
+        and Path(name).name == name
+        and isinstance(record, dict)
+        and _is_count(record.get("bytes"))
+        and "blake3" in record
         for name, record in files.items()
     )
     _check(file, "files", "of another form", good, "sizes and checksums by file name")
@@ -167,10 +171,11 @@ def is_checkpoint(path: Path) -> bool:
     """Whether a folder holds a checkpoint, whole or not, and nothing else that anybody could miss. Never raises."""
     try:
         read_checkpoint_config(path)
-        names = [file.name for file in Path(path).iterdir()]
+        files = list(Path(path).iterdir())
     except (InputError, OSError):
         return False
-    return all(re.fullmatch(r"config\.json|conversion\.json|trtkit\.json|rank\d+\.safetensors", name) for name in names)
+    ours = re.compile(r"config\.json|conversion\.json|trtkit\.json|rank\d+\.safetensors")
+    return all(ours.fullmatch(file.name) and not file.is_dir() for file in files)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

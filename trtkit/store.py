@@ -77,9 +77,11 @@ def _claim(out: Path, name: str | None) -> tuple[Path, int]:
             folder = out.parent / name
             folder.mkdir(mode=0o700, exist_ok=True)
         try:
-            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:
             continue
+        except NotADirectoryError:
+            raise InputError(f"{folder} is in the way and is no folder", "remove it if you do not need it") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -99,7 +101,10 @@ def check_output(out: Path, *, replace: bool = False) -> Path:
         InputError: it exists already (and `replace` is off), is no folder, or is one that must not be replaced: the
             root, the home folder, the working folder, or a folder above them.
     """
-    resolved = out.expanduser().resolve()
+    try:
+        resolved = out.expanduser().resolve()
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{out} is not a usable path ({error})", "choose another output folder") from error
     if resolved.exists() and not resolved.is_dir():
         raise InputError(f"{out} exists and is not a folder", "choose another output folder")
     for precious in (Path.cwd(), Path.home()):

@@ -47,7 +47,7 @@ def test_what_a_config_says_can_be_written_and_read_back() -> None:
         (SMALL + "sevring: {}\n", ["f.yaml:3: unknown key 'sevring', did you mean 'serving'?"]),
         (
             SMALL + "checkpoint:\n  tp: 2\n  zzz: 1\n",
-            ["f.yaml:5: unknown key 'checkpoint.zzz'; valid here: dtype, tp, pp, parallel_embedding"],
+            ["f.yaml:5: unknown key 'checkpoint.zzz'; valid here: dtype, tp, pp, ep, parallel_embedding"],
         ),
         (
             SMALL + "checkpoint:\n  dtype: auto\n  tp: 65\n",

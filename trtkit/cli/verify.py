@@ -37,6 +37,8 @@ def command(paths: tuple[str, ...], revision: str | None, as_json: bool) -> int:
     if len(paths) > 2:
         raise click.UsageError(f"one or two arguments are wanted, these are {len(paths)}")
     *source, checkpoint = paths
+    if revision is not None and not source:
+        raise click.UsageError("--revision is of SOURCE, which is not given")
     opened = open_source(source[0], revision) if source else None
     dtype = read_checkpoint_config(Path(checkpoint))["dtype"]
     result, damage = Verification(), ""
@@ -71,6 +73,8 @@ def _account(result: Verification, dtype: str) -> str:
         parts.append(f"{result.checksums} files equal their checksums")
     if result.tensors:
         exact = f"{result.rounded:,} values were rounded to {dtype}" if result.rounded else "no value was rounded"
+        if result.saturated:
+            exact += f", {result.saturated:,} of them clipped to its range"
         parts.append(f"{result.tensors} tensors, {result.elements:,} elements equal the source; {exact}")
     return "; ".join(parts)
 

@@ -92,7 +92,9 @@ def convert(
     options = options or Options()
     check_target(out, source, replace=replace)
     with atomic_dir(out, replace=replace, resume=resume_key(plan, source, options)) as folder:
-        return write_checkpoint(plan, source, folder, options=options, on_progress=on_progress, write=write)
+        result = write_checkpoint(plan, source, folder, options=options, on_progress=on_progress, write=write)
+        check_target(out, source, replace=replace)  # somebody may have put something there meanwhile
+    return result
 
 
 def resume_key(plan: Plan, source: Source, options: Options) -> str:
@@ -329,7 +331,10 @@ def _clean(folder: Path) -> None:
     noted = (folder / PROGRESS).is_file()
     for leftover in folder.iterdir():
         if not noted or leftover.name.startswith("."):
-            leftover.unlink()
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
 
 
 def _finish(plan: Plan, source: Source, folder: Path, options: Options, progress: Progress) -> None:

@@ -35,6 +35,7 @@ class Verification:
         elements: elements of the source compared.
         mismatches: source tensor -> elements that differ from the source's value in the checkpoint's dtype.
         rounded: elements whose value the checkpoint's dtype cannot hold exactly (0: not one value was changed).
+        saturated: those of them beyond its range, which the checkpoint holds as its largest value.
         settings: key of config.json -> (what the source implies, what the checkpoint has), where they differ.
         files: file -> what is wrong with its size or checksum.
         checksums: files whose checksum was compared.
@@ -44,6 +45,7 @@ class Verification:
     elements: int = 0
     mismatches: dict[str, int] = field(default_factory=dict)
     rounded: int = 0
+    saturated: int = 0
     settings: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     checksums: int = 0
@@ -162,24 +164,26 @@ def _compare(
     reader: Reader, entry: TensorEntry, checkpoint: Checkpoint, place: Placement, result: Verification
 ) -> None:
     piece, target = place.piece, checkpoint.ranks[place.rank][place.tensor.name]
-    rounded = 0
+    rounded = saturated = 0
     for raw, found in _blocks(reader, entry, target, piece):
-        expected, changed = _expected(raw, target.dtype, piece.plus)
+        expected, changed, beyond = _expected(raw, target.dtype, piece.plus)
         rounded += changed
+        saturated += beyond
         different = int((_bits(expected) != _bits(found)).sum())
         if different:
             result.mismatches[piece.source] = result.mismatches.get(piece.source, 0) + different
     if piece.counted:
         result.elements += piece.count
         result.rounded += rounded
+        result.saturated += saturated
 
 
-def _expected(raw: Array, dtype: np.dtype[Any], plus: float) -> tuple[Array, int]:
-    """What values become in another dtype, by numpy's own rounding, and how many it changed. Beyond the range it is the
-    largest value: whether that is allowed is the conversion's business."""
+def _expected(raw: Array, dtype: np.dtype[Any], plus: float) -> tuple[Array, int, int]:
+    """What values become in another dtype, by numpy's own rounding, how many it changed, and how many of them were
+    beyond the range. Those are the largest value: whether that is allowed is the conversion's business."""
     wide = raw.astype(np.float32) + np.float32(plus) if plus else raw
     if wide.dtype == dtype:
-        return wide, 0
+        return wide, 0, 0
     wide = wide.astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
         result = wide.astype(dtype)
@@ -188,7 +192,7 @@ def _expected(raw: Array, dtype: np.dtype[Any], plus: float) -> tuple[Array, int
             largest = np.float32(ml_dtypes.finfo(dtype).max)
             result = np.where(beyond, np.copysign(largest, wide).astype(dtype), result)
     changed = (result.astype(np.float32) != wide) & ~np.isnan(wide)
-    return result, int(changed.sum())
+    return result, int(changed.sum()), int(beyond.sum())
 
 
 def _blocks(reader: Reader, entry: TensorEntry, target: TensorEntry, piece: Piece) -> Iterator[tuple[Array, Array]]:
