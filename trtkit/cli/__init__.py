@@ -87,7 +87,16 @@ def group(run: dict[str, bool] | None, debug: bool) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of the console script: an expected failure becomes a cause line, a fix line and an exit code."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupted = False
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where the caller has it ignored
+        signal.signal(signal.SIGINT, interrupt)
     for name in ("stdout", "stderr"):  # None when the caller closed them
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - as long as the process
@@ -109,16 +118,15 @@ def main(args: list[str] | None = None) -> None:
             import traceback
 
             traceback.print_exc()
-        cause, fix, code = _explained(error)
+        if interrupted:  # numpy's import turns the interrupt into an ImportError
+            cause, fix, code = "interrupted", "", 130
+        else:
+            cause, fix, code = _explained(error)
         _print_error(cause, fix)
         failure = cause, fix
     if failure is not None and not run["answered"] and _wants_json(sys.argv[1:] if args is None else args):
         _answer(*failure, code)
     sys.exit(code)
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _explained(error: Exception) -> tuple[str, str, int]:

@@ -294,11 +294,10 @@ def test_whatever_stops_us_stops_the_build(case: Case) -> None:
 DRIVER = """
 import signal, sys
 from pathlib import Path
-from trtkit.cli import _interrupt
 from trtkit.config_file import load_config
 from trtkit.docker_cli import Mount
 from trtkit.engine.builders import plan_build, run_build
-signal.signal(signal.SIGTERM, _interrupt)
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 config, checkpoint, out = sys.argv[1:]
 try:
     run_build(plan_build(load_config(config), checkpoint, out), on_line=lambda line: print(line, flush=True))
