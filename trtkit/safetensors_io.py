@@ -188,14 +188,6 @@ class Reader:
             os.close(descriptor)
         self._files.clear()
 
-    def rows(self, entry: TensorEntry, start: int, stop: int) -> npt.NDArray[Any]:
-        """Rows `start` to `stop` of the first axis (a scalar tensor has one row), shape `(stop - start, *rest)`."""
-        rest = entry.shape[1:]
-        row_bytes = math.prod(rest) * entry.dtype.itemsize
-        out = np.empty((stop - start, *rest), dtype=entry.dtype)
-        self._fill(entry, entry.start + start * row_bytes, out.reshape(-1).view(np.uint8).data)
-        return out
-
     def elements(
         self, entry: TensorEntry, start: int, count: int, *, out: npt.NDArray[Any] | None = None
     ) -> npt.NDArray[Any]:

@@ -92,7 +92,7 @@ def resolve_dtype(given: Any, wanted: str) -> str:
     if wanted != "auto":
         return wanted
     given = given or "float16"
-    if given not in (*SOURCE_DTYPES, "float64"):
+    if given not in SOURCE_DTYPES:
         raise InputError(f"config.json: dtype {given!r} is not a weight dtype", "give --dtype")
     return given if given in ("float16", "bfloat16") else "float16"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import base64
 import logging
 import os
@@ -54,7 +55,7 @@ class RemoteObject:
     checksum: tuple[str, bytes] | None
 
 
-class Store:
+class Store(abc.ABC):
     """A folder in one object store. Subclasses say how entries look and how a range is asked for."""
 
     def __init__(self, location: Location, filesystem: Any) -> None:
@@ -77,6 +78,7 @@ class Store:
             raise InputError(f"{self.location.url} is empty", "check the prefix")
         return objects
 
+    @abc.abstractmethod
     def read(self, item: RemoteObject, start: int, end: int) -> bytes:
         """Bytes [start, end) of the object; fewer when the store sends fewer.
 
@@ -84,17 +86,18 @@ class Store:
             ChangedError: the object is another one by now, or gone.
             Exception: whatever the library raises; `failures.kind_of` sorts it.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def describe(self, name: str, entry: dict[str, Any]) -> RemoteObject:
-        raise NotImplementedError
+        """The object behind an entry of the library's listing."""
 
     def checksum_counts(self, item: RemoteObject) -> bool:
         """Whether a checksum that does not match proves that the content is another."""
         return True
 
+    @abc.abstractmethod
     def endpoint(self) -> str:
-        raise NotImplementedError
+        """Where the store is asked, for messages."""
 
     def _files(self, entries: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
         root = f"{self.location.path}/"
