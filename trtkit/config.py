@@ -11,6 +11,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Runtime = Literal["tensorrtllm", "reference"]
+QuantizationFormat = Literal[
+    "int8_wo", "int4_wo", "int4_awq", "w4a8_awq", "int8_sq", "int8_sq_plugin", "fp8", "fp8_rowwise"
+]
 DType = Literal["auto", "float16", "bfloat16", "float32"]
 Target = Literal["local", "docker"]
 
@@ -41,6 +44,40 @@ class ModelConfig(_Strict):
     """Let transformers run Python code that comes with the checkpoint. Off unless you trust its authors."""
 
 
+class CalibrationConfig(_Strict):
+    """The text that activations are seen on."""
+
+    text: str | None = None
+    """A .txt, .jsonl, .parquet or .npy file (relative to the config file), or a dataset of the hub; None takes the
+    built-in text."""
+    samples: Annotated[int, Field(ge=1, le=100_000)] = 128
+    """Windows of the text."""
+    length: Annotated[int, Field(ge=2, le=1_000_000)] = 512
+    """Tokens in each window."""
+    seed: int = 0
+    """Draws the windows."""
+
+
+class QuantizationConfig(_Strict):
+    """How linears and the KV cache are quantised; by default they are not."""
+
+    format: QuantizationFormat | None = None
+    """Format of the linears; None keeps them in the checkpoint's dtype."""
+    group_size: Literal[64, 128] | None = None
+    """Inputs that share a scale, for the int4 formats with groups; None takes 128."""
+    kv_cache: Literal["int8", "fp8"] | None = None
+    """Dtype of the KV cache."""
+    exclude: list[str] = []
+    """Patterns of TRT-LLM module names to leave alone, such as `transformer.layers.0.*`."""
+    overrides: dict[str, QuantizationFormat] = {}
+    """TRT-LLM module name such as `transformer.layers.3.mlp.proj` -> another format (mixed precision)."""
+    gpu: str | None = None
+    """The GPU that will serve, such as `H100` or `sm90`: what it cannot run is refused before any work."""
+    calibration: CalibrationConfig = CalibrationConfig()
+    max_perplexity_increase: Annotated[str, Field(pattern=r"^\d+(\.\d+)?%?$")] | None = None
+    """`2%`, or an absolute number: the build fails when held-out perplexity rises by more."""
+
+
 class CheckpointConfig(_Strict):
     """How the source becomes a TRT-LLM checkpoint."""
 
@@ -54,6 +91,7 @@ class CheckpointConfig(_Strict):
     """Expert-parallel size: groups of TP ranks that share the experts among them, a divisor of `tp`."""
     parallel_embedding: Literal["none", "vocab", "hidden"] = "none"
     """Axis along which TP splits the token embedding; `none` keeps a full copy on every rank."""
+    quantization: QuantizationConfig = QuantizationConfig()
 
 
 class EngineConfig(_Strict):

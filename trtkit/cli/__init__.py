@@ -20,6 +20,7 @@ VERBS = {
     "inspect": ("trtkit.cli.inspect", "What is in a source, checkpoint, engine or model repository."),
     "convert": ("trtkit.cli.convert", "Convert a Hugging Face checkpoint to a TRT-LLM checkpoint."),
     "verify": ("trtkit.cli.verify", "Read a checkpoint back and compare it with its source."),
+    "evaluate": ("trtkit.cli.evaluate", "What a conversion or quantisation costs, on held-out text."),
     "build": ("trtkit.cli.build", "Convert and compile what a build config describes."),
     "repo": ("trtkit.cli.repo", "Generate and lint model repositories."),
     "deploy": ("trtkit.cli.deploy", "Start, watch and stop Triton."),

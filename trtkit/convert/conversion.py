@@ -29,6 +29,8 @@ from trtkit.safetensors_io import TensorEntry
 from trtkit.store import atomic_dir, atomic_write, check_output, digest
 
 PROGRESS = "progress.json"
+WORK = "quantized"
+"""Folder of what quantisation has made so far, which a resumed run goes on with; removed in the end."""
 PROGRESS_BYTES = 256 << 20
 """How much may be written before the next note of how far the conversion came."""
 
@@ -43,11 +45,13 @@ class Options:
         checksum: digest every file and look for NaN and infinity, both beside the copying.
         saturate: values beyond the range of the dtype become its largest instead of an error.
         sync: wait until every file is on the disk before it counts as finished.
+        quantization: what beside the source determines quantised tensors; goes into the manifest.
     """
 
     checksum: bool = True
     saturate: bool = False
     sync: bool = True
+    quantization: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -251,10 +255,21 @@ WriteRanks = Callable[[Plan, Source, Path, Options, Progress, Callable[[int], No
 
 
 def write_here(
-    plan: Plan, source: Source, folder: Path, options: Options, progress: Progress, advance: Callable[[int], None]
+    plan: Plan,
+    source: Source,
+    folder: Path,
+    options: Options,
+    progress: Progress,
+    advance: Callable[[int], None],
+    *,
+    made: Mapping[str, TensorEntry] | None = None,
 ) -> None:
-    """A `WriteRanks` that works in this process, one pipeline stage after the other."""
-    tensors = source_tensors(source)
+    """A `WriteRanks` that works in this process, one pipeline stage after the other.
+
+    Args:
+        made: tensors that the plan reads beside the source's, by name.
+    """
+    tensors = source_tensors(source) | dict(made or {})
     for stage, ranks in enumerate(plan.stages()):
         if not progress.finished.keys() >= set(ranks):
             _write_stage(plan, tensors, folder, stage, options, progress, advance)
@@ -330,7 +345,7 @@ def _clean(folder: Path) -> None:
     """Removes what no run can go on with: half-written notes, and everything where there are none."""
     noted = (folder / PROGRESS).is_file()
     for leftover in folder.iterdir():
-        if not noted or leftover.name.startswith("."):
+        if leftover.name != WORK and (not noted or leftover.name.startswith(".")):
             if leftover.is_dir() and not leftover.is_symlink():
                 shutil.rmtree(leftover)
             else:
@@ -341,6 +356,7 @@ def _finish(plan: Plan, source: Source, folder: Path, options: Options, progress
     """Writes config.json and the manifest."""
     config = (json.dumps(plan.config, indent=2) + "\n").encode()
     atomic_write(folder / "config.json", config)
+    shutil.rmtree(folder / WORK, ignore_errors=True)
     files = {"config.json": FileRecord(len(config), blake3.blake3(config).hexdigest() if options.checksum else None)}
     files |= {rank_file(rank): progress.finished[rank] for rank in sorted(progress.finished)}
     manifest = {
@@ -367,6 +383,7 @@ def _manifest_options(plan: Plan, options: Options) -> dict[str, Any]:
         "parallel_embedding": sharding,
         "saturate": options.saturate,
         "checksum": options.checksum,
+        **({"quantization": dict(options.quantization)} if options.quantization else {}),
     }
 
 

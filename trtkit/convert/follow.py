@@ -165,6 +165,9 @@ class _File:
         while position < len(self._tensors) and self._starts[position] < stop:
             tensor, first = self._tensors[position], self._starts[position]
             low, high = max(first, start), min(self._ends[position], stop)
+            position += 1
+            if tensor.dtype not in _INFINITY:
+                continue  # quantised: no such numbers
             infinity, size = _INFINITY[tensor.dtype], DTYPES[tensor.dtype].itemsize
             bits = np.frombuffer(data, f"u{size}", (high - low) // size, low - start)
             magnitudes = bits & ((1 << 8 * size - 1) - 1)
@@ -172,7 +175,6 @@ class _File:
                 elements = np.flatnonzero(magnitudes >= infinity)
                 nan = magnitudes[elements] > infinity
                 found += self._name(tensor, elements + (low - first) // size, nan)
-            position += 1
         return found
 
     def _name(self, tensor: PlannedTensor, elements: npt.NDArray[Any], nan: npt.NDArray[Any]) -> list[NonFinite]:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from trtkit import architectures
 from trtkit.architectures.rules import Extent, Part, Split, Weight, sizes
 from trtkit.checkpoint import stage_layers
+from trtkit.convert.linears import Field, LayerTensors, layer_tensors, linears
 from trtkit.convert.parallelism import check_parallelism
+from trtkit.convert.quantization import Quantization, read_quantization
 from trtkit.errors import InputError
 from trtkit.safetensors_io import DTYPES
 
@@ -123,11 +125,22 @@ class Plan:
             for tensor in self.ranks[rank]:
                 by_unit.setdefault(tensor.unit, []).append((rank, tensor))
         for unit in sorted(by_unit):
-            found: dict[str, list[Placement]] = {}
-            for rank, tensor in by_unit[unit]:
-                for piece in tensor.pieces:
-                    found.setdefault(piece.source, []).append(Placement(rank, tensor, piece))
-            yield unit, found
+            yield unit, _by_source(by_unit[unit])
+
+    def unit(self, number: int) -> dict[str, list[Placement]]:
+        """One of `units`, of all ranks."""
+        held = [
+            (rank, tensor) for rank, tensors in enumerate(self.ranks) for tensor in tensors if tensor.unit == number
+        ]
+        return _by_source(held)
+
+
+def _by_source(tensors: list[tuple[int, PlannedTensor]]) -> dict[str, list[Placement]]:
+    found: dict[str, list[Placement]] = {}
+    for rank, tensor in tensors:
+        for piece in tensor.pieces:
+            found.setdefault(piece.source, []).append(Placement(rank, tensor, piece))
+    return found
 
 
 def plan_checkpoint(config: Mapping[str, Any]) -> Plan:
@@ -143,7 +156,8 @@ def plan_checkpoint(config: Mapping[str, Any]) -> Plan:
     try:
         check_parallelism(config, architecture)
         weights = [weight for weight in architecture.weights if weight.when(config)]
-        planner = _Planner(config, {**sizes(config), **architecture.sizes(config)}, weights)
+        quantization = checkpoint_quantization(config)
+        planner = _Planner(config, {**sizes(config), **architecture.sizes(config)}, weights, quantization)
     except KeyError as error:
         raise InputError(f"config.json of the checkpoint lacks the key {error}", "convert again") from error
     ranks: list[list[PlannedTensor]] = []
@@ -151,12 +165,27 @@ def plan_checkpoint(config: Mapping[str, Any]) -> Plan:
     tp, pp = config["mapping"]["tp_size"], config["mapping"]["pp_size"]
     for stage, layers in enumerate(stage_layers(config["num_hidden_layers"], pp)):
         named = list(_instances(weights, layers, first=stage == 0, last=stage == pp - 1))
-        for weight, _, layer in named:
-            sources.update(planner.sources(weight, layer))
         last = config["num_hidden_layers"] + 1
         for tp_rank in range(tp):
-            ranks.append([planner.tensor(*place, tp_rank, last) for place in named])
+            ranks.append([tensor for place in named for tensor in planner.tensors(*place, tp_rank, last)])
+            for weight, _, layer in named if tp_rank == 0 or planner.made_per_rank else ():
+                sources.update(planner.sources(weight, layer, tp_rank))
     return Plan(dict(config), ranks, sources)
+
+
+def checkpoint_quantization(config: Mapping[str, Any]) -> Quantization:
+    """How the linears of a checkpoint are quantised, from its config.json with the table of quant_cfg.json in it.
+
+    Raises:
+        InputError: the config asks for what trtkit does not know.
+    """
+    given = config.get("quantization")
+    quantization = read_quantization(given)
+    table = (given or {}).get("quantized_layers")
+    if table:  # what the table does not list is not quantised
+        exclude = tuple(linear.name for linear in linears(config) if linear.name not in table)
+        quantization = replace(quantization, exclude=exclude)
+    return quantization
 
 
 def _instances(
@@ -175,8 +204,16 @@ def _instances(
 class _Planner:
     """Plans the tensors of one checkpoint."""
 
-    def __init__(self, config: Mapping[str, Any], extents: Mapping[str, int], weights: list[Weight]) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        extents: Mapping[str, int],
+        weights: list[Weight],
+        quantization: Quantization,
+    ) -> None:
         self.config = config
+        self.quantization = quantization
+        self.made_per_rank = quantization.zero_point or "int4_gptq" in quantization.formats
         self.extents = extents
         mapping = config["mapping"]
         self.tp = mapping["tp_size"]
@@ -188,7 +225,41 @@ class _Planner:
             for part in weight.parts:
                 self._owner.setdefault(part.source, weight.name)
 
-    def tensor(
+    def tensors(
+        self, weight: Weight, local: int | None, layer: int | None, tp_rank: int, last_unit: int
+    ) -> Iterator[PlannedTensor]:
+        """What a rank holds in place of one entry of the table."""
+        made = self._made(weight, layer)
+        if made.plain:
+            yield self._tensor(weight, local, layer, tp_rank, last_unit)
+        if layer is None:
+            return
+        owner = weight.name.format(layer=layer).rpartition(".")[0]
+        here = weight.name.format(layer=local).rpartition(".")[0]
+        for each in made.fields:
+            dtype = self.dtype if each.dtype == "model" else each.dtype
+            yield PlannedTensor(
+                name=f"{here}.{each.suffix}",
+                dtype=dtype,
+                shape=self._field_shape(weight, each, tp_rank),
+                unit=layer + 1,
+                locate=partial(self._field_pieces, weight, each, owner, tp_rank),
+            )
+        for name, dtype, shape in made.whole:
+            yield PlannedTensor(
+                name=f"transformer.layers.{local}.{name}",
+                dtype=self.dtype if dtype == "model" else dtype,
+                shape=shape,
+                unit=layer + 1,
+                locate=partial(_whole, f"transformer.layers.{layer}.{name}", shape, tp_rank),
+            )
+
+    def _made(self, weight: Weight, layer: int | None) -> LayerTensors:
+        if layer is None:
+            return LayerTensors()
+        return layer_tensors(self.config, self.quantization, weight, layer)
+
+    def _tensor(
         self, weight: Weight, local: int | None, layer: int | None, tp_rank: int, last_unit: int
     ) -> PlannedTensor:
         unit = {"first": 0, "layers": (layer or 0) + 1, "last": last_unit}[weight.stage]
@@ -219,8 +290,55 @@ class _Planner:
                 element += math.prod(local_shape)
         return tuple(pieces)
 
-    def sources(self, weight: Weight, layer: int | None) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Every source tensor that any rank takes a part of, with its shape."""
+    def sources(self, weight: Weight, layer: int | None, tp_rank: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Every source tensor that a rank takes a part of, with its shape: of the model's source, or made by
+        quantisation."""
+        made = self._made(weight, layer)
+        owner = weight.name.format(layer=layer).rpartition(".")[0]
+        for each in made.fields:
+            shape = self._field_shape(weight, each, tp_rank if each.per_rank else None)
+            yield each.source(owner, tp_rank), shape
+        for name, _, shape in made.whole:
+            yield f"transformer.layers.{layer}.{name}", shape
+        if made.plain:
+            yield from self._table_sources(weight, layer)
+
+    def _field_shape(self, weight: Weight, each: Field, tp_rank: int | None) -> tuple[int, ...]:
+        """Shape of a quantised linear's tensor on a rank; `None` for the whole."""
+        experts, tp, place = self._experts(weight, tp_rank or 0) if tp_rank is not None else (None, 1, 0)
+        shapes = [self._split(part, self._shape(part.shape), tp, place)[1] for part in weight.parts]
+        lengths = {"one": 1, "in": shapes[0][1], "out": sum(shape[0] for shape in shapes)}
+        own = tuple(_steps(lengths[axis.along], axis.step) for axis in each.axes)
+        if not weight.experts or not each.per_expert:
+            return own
+        return (self.config["moe"]["num_experts"] if experts is None else len(experts), *own)
+
+    def _field_pieces(self, weight: Weight, each: Field, owner: str, tp_rank: int) -> tuple[Piece, ...]:
+        """What a rank holds of a quantised linear's tensor: rows of each part, one after the other."""
+        source = each.source(owner, tp_rank)
+        if each.per_rank:
+            return _whole(source, self._field_shape(weight, each, tp_rank), 0)
+        experts, tp, place = self._experts(weight, tp_rank)
+        stacked = bool(weight.experts) and each.per_expert
+        along_out = any(axis.along == "out" for axis in each.axes)
+        pieces, element = [], 0
+        for expert in experts if stacked else [None]:
+            row = 0
+            for part in weight.parts if along_out else weight.parts[:1]:
+                whole = self._shape(part.shape)
+                (low, high), columns = self._split(part, whole, tp, place)[0]
+                bounds = {"one": (0, 1), "in": columns, "out": (row + low, row + high)}
+                box = tuple(_bounds(bounds[axis.along], axis.step) for axis in each.axes)
+                if stacked and expert is not None:
+                    box = ((expert, expert + 1), *box)
+                counted = self._first_holder(part, tp, place) if along_out else place == 0
+                piece = Piece(source, self._field_shape(weight, each, None), box, element, counted=counted)
+                pieces.append(piece)
+                element += piece.count
+                row += whole[0]
+        return tuple(pieces)
+
+    def _table_sources(self, weight: Weight, layer: int | None) -> Iterator[tuple[str, tuple[int, ...]]]:
         experts: Iterable[int | None] = range(self.config["moe"]["num_experts"]) if weight.experts else [None]
         for part in weight.parts:
             whole = tuple((0, extent) for extent in self._shape(part.shape))
@@ -299,6 +417,18 @@ class _Planner:
         if last - first < queries:
             return view, ((group, group + 1), (member, member + last - first), whole, *box[1:])
         return view, ((group, last // queries), (0, queries), whole, *box[1:])
+
+
+def _whole(source: str, shape: tuple[int, ...], tp_rank: int) -> tuple[Piece, ...]:
+    return (Piece(source, shape, tuple((0, extent) for extent in shape), 0, counted=tp_rank == 0),)
+
+
+def _steps(length: int, step: int) -> int:
+    return length if length == 1 else length // step
+
+
+def _bounds(bounds: tuple[int, int], step: int) -> tuple[int, int]:
+    return bounds if bounds == (0, 1) else (bounds[0] // step, bounds[1] // step)
 
 
 def _is_transposed(part: Part) -> bool:

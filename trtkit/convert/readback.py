@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,31 +14,128 @@ from trtkit import architectures
 from trtkit.architectures.rules import Architecture
 from trtkit.checkpoint import Checkpoint, open_checkpoint
 from trtkit.convert.cast import Array
-from trtkit.convert.plan import Placement, Plan, plan_checkpoint
+from trtkit.convert.dequantize import InputRounding, dequantize, input_rounding
+from trtkit.convert.linears import Linear, fields, linears
+from trtkit.convert.plan import CHECKPOINT_DTYPES, Placement, checkpoint_quantization, plan_checkpoint
+from trtkit.convert.quantization import Format
 from trtkit.convert.verify import check_layout
+from trtkit.convert.whole import gather, scatter, whole_tensors
 from trtkit.errors import InputError, LacksError, missing_extra
-from trtkit.safetensors_io import Reader
+from trtkit.safetensors_io import DTYPES, Reader
 
 OLDEST_TRANSFORMERS = (4, 57)
 """In 4.48 some models do not know the caches of the reference runtime, and some families do not exist."""
 
 
-def read_tensors(checkpoint: Checkpoint, plan: Plan) -> Iterator[tuple[str, Array]]:
-    """Every source tensor, in the checkpoint's dtype (float32 where a constant was added), in the order of the plan.
+class CheckpointReader:
+    """The tensors of a checkpoint under the names of its family's table, as a source would have them: ranks put
+    together, quantised linears dequantised. Use as a context manager.
 
-    Elements that no rank needs (OPT's first two positions) are zero.
+    Attributes:
+        shapes: of every source tensor, by name.
+        units: how many steps the model has: what comes before the layers, each layer, what follows them.
 
     Raises:
         CheckFailedError: a checkpoint tensor is missing or misshapen, or its padding is not zero.
     """
-    check_layout(checkpoint, plan)
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.plan = plan_checkpoint(checkpoint.config)
+        check_layout(checkpoint, self.plan)
+        self.quantization = checkpoint_quantization(checkpoint.config)
+        self._whole, self.shapes = whole_tensors(checkpoint.config)
+        self.units = checkpoint.config["num_hidden_layers"] + 2
+        self._linears: dict[int, list[Linear]] = {}
+        for linear in linears(checkpoint.config) if self.quantization.format else ():
+            self._linears.setdefault(linear.layer + 1, []).append(linear)
+        self._reader = Reader()
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self._reader.__exit__(*details)
+
+    def tensors(self, unit: int) -> Iterator[tuple[str, Array]]:
+        """The source tensors of a unit, by name: in the checkpoint's dtype, float32 where they were quantised or a
+        constant was added. Elements that no rank needs (OPT's first two positions) are zero."""
+        weight_only = self._weight_only(unit)
+        linears_here = {f"{linear.name}.weight" for linear in self._linears.get(unit, [])}
+        kept: dict[str, Array] = {}
+        for name, places in self.plan.unit(unit).items():
+            values = _assemble(self._reader, self.checkpoint, self.plan.sources[name], places)
+            if name in self._whole and name not in linears_here:  # a norm that quantisation scaled
+                yield from scatter(self._whole[name], values, self.shapes)
+            elif name in self.shapes and name not in weight_only:
+                yield name, values
+            else:
+                kept[name] = values
+            del values  # one tensor at a time is in memory beside what waits for the rest of its linear
+        for linear in self._linears.get(unit, []):
+            form = self.quantization.format_of(linear.name)
+            whole = self._whole[f"{linear.name}.weight"]
+            if form is not None and form.weight_only:
+                plain = gather(whole, kept.__getitem__).astype(self._dtype)
+                yield from scatter(whole, dequantize(form, {"weight": plain}), self.shapes)
+            elif form is not None:
+                yield from scatter(whole, dequantize(form, self._tensors_of(linear, form, kept)), self.shapes)
+
+    def _weight_only(self, unit: int) -> set[str]:
+        """Source tensors whose values count only together with the rest of their linear."""
+        return {
+            piece.source
+            for linear in self._linears.get(unit, [])
+            if (form := self.quantization.format_of(linear.name)) is not None and form.weight_only
+            for piece in self._whole[f"{linear.name}.weight"].pieces
+        }
+
+    def roundings(self, layer: int) -> dict[str, InputRounding]:
+        """How the inputs of a layer's linears are rounded, by the name of every source tensor of the linear."""
+        found: dict[str, InputRounding] = {}
+        made: dict[str, Array] | None = None
+        for linear in self._linears.get(layer + 1, []):
+            form = self.quantization.format_of(linear.name)
+            if form is None or form.inputs == "16 bits":
+                continue
+            made = self._made(layer + 1) if made is None else made
+            rounding = input_rounding(form, self._tensors_of(linear, form, made))
+            if rounding is not None:
+                found |= {piece.source: rounding for piece in self._whole[f"{linear.name}.weight"].pieces}
+        return found
+
+    def cache_scale(self, layer: int) -> float | None:
+        """The scale of a layer's quantised keys and values; None where the cache is not quantised."""
+        if self.quantization.kv_cache is None:
+            return None
+        name = f"transformer.layers.{layer}.attention.kv_cache_scaling_factor"
+        return float(self._made(layer + 1)[name][0])
+
+    @property
+    def _dtype(self) -> Any:
+        return DTYPES[CHECKPOINT_DTYPES[self.checkpoint.config["dtype"]]]
+
+    def _made(self, unit: int) -> dict[str, Array]:
+        return {
+            name: _assemble(self._reader, self.checkpoint, self.plan.sources[name], places)
+            for name, places in self.plan.unit(unit).items()
+        }
+
+    def _tensors_of(self, linear: Linear, form: Format, made: Mapping[str, Array]) -> dict[str, Array]:
+        own = fields(form, self.quantization, linear.kind)
+        return {field.suffix: made[f"{linear.name}.{field.suffix}"] for field in own}
+
+
+def read_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Array]]:
+    """Every source tensor, one after the other in order of execution (see `CheckpointReader`)."""
     seen: set[str] = set()
-    with Reader() as reader:
-        for _, placements in plan.units():
-            for name, places in placements.items():
+    with CheckpointReader(checkpoint) as reader:
+        for unit in range(reader.units):
+            for name, values in reader.tensors(unit):
                 if name not in seen:  # a tied embedding comes up twice
                     seen.add(name)
-                    yield name, _assemble(reader, checkpoint, plan.sources[name], places)
+                    yield name, values
+                del values
 
 
 def _assemble(reader: Reader, checkpoint: Checkpoint, shape: tuple[int, ...], places: list[Placement]) -> Array:
@@ -72,11 +169,12 @@ def load_transformers_model(checkpoint_dir: str | Path) -> Any:
         raise missing_extra("torch", "torch") from None
 
     checkpoint = open_checkpoint(checkpoint_dir)
-    plan = plan_checkpoint(checkpoint.config)
     architecture = architectures.get(checkpoint.config["architecture"])
-    model = _unfilled(checkpoint.config["architecture"], architecture.huggingface_config(checkpoint.config))
+    model = unfilled_model(checkpoint.config)
     with torch.no_grad():
-        wrong = _fill(model, architecture, read_tensors(checkpoint, plan))
+        wrong = _fill(model, architecture, read_tensors(checkpoint))
+    with CheckpointReader(checkpoint) as reader:
+        _round_inputs(model, architecture, reader)
     if wrong:
         raise InputError(
             f"{checkpoint.path}: transformers' {type(model).__name__} disagrees about {', '.join(wrong[:3])}",
@@ -85,9 +183,30 @@ def load_transformers_model(checkpoint_dir: str | Path) -> Any:
     return model.eval()
 
 
-def _unfilled(name: str, settings: dict[str, Any]) -> Any:
-    """A model whose parameters have memory but no values: pages that nobody wrote to cost nothing."""
+def _round_inputs(model: Any, architecture: Architecture, reader: CheckpointReader) -> None:
+    """Lets the linears of a model round their inputs as the checkpoint says."""
+    roundings: dict[str, InputRounding] = {}
+    for layer in range(reader.units - 2):
+        roundings |= reader.roundings(layer)
+    if roundings:
+        round_linears(model, architecture, roundings)
+
+
+def unfilled_model(config: Mapping[str, Any], dtype: Any = None) -> Any:
+    """The transformers model of a checkpoint's config.json, whose parameters have memory but no values: pages that
+    nobody wrote to cost nothing.
+
+    Args:
+        dtype: torch dtype of the parameters, float32 by default.
+
+    Raises:
+        LacksError: this transformers cannot make the model.
+    """
+    import torch
     import transformers
+
+    name = config["architecture"]
+    settings = architectures.get(name).huggingface_config(config)
 
     version = metadata.version("transformers")
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRANSFORMERS:
@@ -98,9 +217,9 @@ def _unfilled(name: str, settings: dict[str, Any]) -> Any:
     except ImportError:  # before transformers 5
         from transformers.modeling_utils import no_init_weights
     try:
-        config = transformers.AutoConfig.for_model(**settings)
+        made = transformers.AutoConfig.for_model(**settings)
         with no_init_weights():
-            model = getattr(transformers, name)(config)
+            model = getattr(transformers, name)._from_config(made, dtype=dtype or torch.float32)
     except (MemoryError, RuntimeError):
         raise
     except Exception as error:  # its own checks raise many kinds, which differ between versions
@@ -115,11 +234,7 @@ def _unfilled(name: str, settings: dict[str, Any]) -> Any:
 
 def _fill(model: Any, architecture: Architecture, tensors: Iterable[tuple[str, Array]]) -> list[str]:
     """Copies tensors into the parameters of a model; returns the names of which one side lacks or the shapes differ."""
-    places = {
-        name: place
-        for parameter, values in model.named_parameters(remove_duplicate=False)
-        for name, place in _places(parameter, values.detach().numpy(), architecture)
-    }
+    places = parameter_places(model, architecture)
     wrong: list[str] = []
     filled: set[int] = set()
     for name, values in tensors:
@@ -132,6 +247,49 @@ def _fill(model: Any, architecture: Architecture, tensors: Iterable[tuple[str, A
     # Of a tied pair only one name is in the checkpoint, but both have the same memory.
     wrong.extend(name for name, place in places.items() if name not in wrong and place.ctypes.data not in filled)
     return sorted(wrong)
+
+
+def parameter_places(model: Any, architecture: Architecture, prefix: str = "") -> dict[str, Array]:
+    """The memory of a model's parameters, as arrays under the names of the family's table.
+
+    Args:
+        model: on the CPU.
+        prefix: what the names of a part of the model begin with.
+    """
+    return {
+        name: place
+        for parameter, values in model.named_parameters(remove_duplicate=False)
+        for name, place in _places(prefix + parameter, _array(values.detach()), architecture)
+    }
+
+
+def _array(values: Any) -> Array:
+    import ml_dtypes
+    import torch
+
+    if values.dtype == torch.bfloat16:  # numpy has no such dtype of its own
+        return values.view(torch.int16).numpy().view(ml_dtypes.bfloat16)  # type: ignore[no-any-return]
+    return values.numpy()  # type: ignore[no-any-return]
+
+
+def round_linears(
+    model: Any, architecture: Architecture, roundings: Mapping[str, InputRounding], prefix: str = ""
+) -> None:
+    """Lets modules of a model round their inputs.
+
+    Args:
+        roundings: by the name of the weight in the family's table. Those of experts are left out: their module has the
+            inputs of all of them at once.
+        prefix: what the names of a part of a model begin with.
+    """
+    from trtkit.convert.simulate import round_inputs
+
+    for name, module in model.named_modules():
+        weight = f"{prefix}{name}.weight"
+        for pattern, replacement in architecture.renames:
+            weight = re.sub(pattern, replacement, weight)
+        if weight in roundings:
+            round_inputs(module, roundings[weight])
 
 
 def _places(name: str, values: Array, architecture: Architecture) -> Iterator[tuple[str, Array]]:

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 from trtkit import __version__, architectures
 from trtkit.architectures.rules import Architecture, Stacked
 from trtkit.architectures.settings import MAX_EXPERTS
+from trtkit.convert.divisibility import check_divisible, check_stages, sides
+from trtkit.convert.linears import linears
 from trtkit.convert.plan import Plan, plan_checkpoint
+from trtkit.convert.quantization import Quantization, layers_config, quantization_config
 from trtkit.errors import InputError
 from trtkit.hf import Source
 from trtkit.safetensors_io import TensorEntry
@@ -28,6 +31,7 @@ class Layout:
         tp, pp, ep: tensor, pipeline and expert parallel sizes.
         dtype: `auto`, float16, bfloat16 or float32.
         parallel_embedding: `none`, `vocab` or `hidden`: axis along which TP splits the token embedding.
+        quantization: how linears and the KV cache are quantised.
     """
 
     tp: int = 1
@@ -35,6 +39,7 @@ class Layout:
     ep: int = 1
     dtype: str = "auto"
     parallel_embedding: str = "none"
+    quantization: Quantization = Quantization()
 
 
 def plan_conversion(source: Source, options: CheckpointConfig | Layout) -> Plan:
@@ -51,9 +56,15 @@ def plan_conversion(source: Source, options: CheckpointConfig | Layout) -> Plan:
             f"{source.path}: config.json says {layers} layers, the weights have {len(source.tensors)} tensors",
             "config.json and the weights do not belong together",
         )
-    plan = plan_checkpoint(config)
+    plan = plan_checkpoint({**config, "quantization": {}})
     _check(plan, source, architecture)
-    return plan
+    quantization = asked_quantization(options)
+    if quantization == Quantization():
+        return plan_checkpoint(config)
+    tp, pp, ep = options.tp, options.pp, options.ep
+    check_divisible(quantization, sides(config), tp, ep=ep)
+    check_stages(quantization, pp)
+    return plan_checkpoint(config)
 
 
 def checkpoint_config(source: Source, options: CheckpointConfig | Layout) -> dict[str, Any]:
@@ -78,9 +89,33 @@ def checkpoint_config(source: Source, options: CheckpointConfig | Layout) -> dic
         "use_parallel_embedding": sharding != "none",
         "embedding_sharding_dim": 1 if sharding == "hidden" else 0,
         "mapping": mapping,
-        "quantization": {"quant_algo": None, "kv_cache_quant_algo": None},
+        "quantization": _quantization(model, asked_quantization(options)),
         "producer": {"name": "trtkit", "version": __version__},
     }
+
+
+def asked_quantization(options: CheckpointConfig | Layout) -> Quantization:
+    """How the options ask for the checkpoint to be quantised.
+
+    Raises:
+        InputError: formats, group sizes or names that no checkpoint can have.
+    """
+    given = options.quantization
+    if isinstance(given, Quantization):
+        return given
+    return Quantization(
+        given.format,
+        group_size=given.group_size,
+        kv_cache=given.kv_cache,
+        exclude=tuple(given.exclude),
+        overrides=given.overrides,
+    )
+
+
+def _quantization(model: dict[str, Any], quantization: Quantization) -> dict[str, Any]:
+    if not quantization.mixed:
+        return quantization_config(quantization)
+    return layers_config(quantization, [linear.name for linear in linears(model)])
 
 
 def resolve_dtype(given: Any, wanted: str) -> str:

@@ -20,7 +20,6 @@ from trtkit.checkpoint import Checkpoint
 from trtkit.config import CheckpointConfig
 from trtkit.convert import readback
 from trtkit.convert.conversion import convert
-from trtkit.convert.plan import Plan
 from trtkit.convert.source import plan_conversion
 from trtkit.errors import InputError, LacksError
 
@@ -66,8 +65,8 @@ def test_no_tensor_is_kept_beside_its_parameter(tmp_path: Path, monkeypatch: pyt
     seen: list[weakref.ref[Any]] = []
     alive: list[int] = []
 
-    def watched(checkpoint: Checkpoint, plan: Plan) -> Iterator[tuple[str, Any]]:
-        for name, values in read(checkpoint, plan):
+    def watched(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
+        for name, values in read(checkpoint):
             seen.append(weakref.ref(values))
             alive.append(sum(reference() is not None for reference in seen))
             yield name, values
@@ -94,8 +93,8 @@ def test_tensors_that_the_model_lacks_or_misses_are_named(tmp_path: Path, monkey
     read = readback.read_tensors
     lost = "model.layers.1.mlp.experts.3.up_proj.weight"
 
-    def other(checkpoint: Checkpoint, plan: Plan) -> Iterator[tuple[str, Any]]:
-        for name, values in read(checkpoint, plan):
+    def other(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
+        for name, values in read(checkpoint):
             if name != lost:
                 yield ("model.norm.gain" if name == "model.norm.weight" else name), values
 

@@ -1,0 +1,217 @@
+"""A transformers model of which one decoder layer at a time is in memory, whatever the size of the whole.
+
+Everything in front of the layers (embedding, positions, masks) and behind them (last norm, output projection) is the
+model's own code, so a family needs nothing here that transformers does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from trtkit import architectures
+from trtkit.convert.cast import Array
+from trtkit.convert.readback import parameter_places, unfilled_model
+from trtkit.errors import LacksError
+
+Weights = Callable[[int], Iterable[tuple[str, Array]]]
+"""Unit (0: before the layers, then one per layer, then one for what follows them) -> tensors under the names of the
+family's table."""
+
+
+class LayerwiseModel:
+    """The model of a checkpoint's config.json, fed with weights layer by layer.
+
+    Args:
+        config: config.json of a checkpoint.
+        weights: where the weights come from.
+        dtype: of parameters and activations.
+        device: where layers run.
+
+    Attributes:
+        layers: how many decoder layers there are.
+        path: name of their list in the model.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        weights: Weights,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.architecture = architectures.get(config["architecture"])
+        self.model = unfilled_model(dict(config), dtype).eval()
+        self.weights = weights
+        self.dtype, self.device = dtype, torch.device(device)
+        self.layers: int = config["num_hidden_layers"]
+        self.path, self._list = _layer_list(self.model, self.layers)
+        self._modules = list(self._list)
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What the first layer sees: (batch, length, hidden) of token ids (batch, length). Also notes what the model
+        tells its layers beside that, which depends on the length only: give every batch the same."""
+        self._fill_outside(0)
+        recorders = [_Recorder(layer) for layer in self._modules]
+        outside = self._outside()
+        outside.to(self.device)
+        for returns_tuple in (False, True):
+            calls = self._record(recorders, tokens.to(self.device), returns_tuple)
+            if all(call[0][0].shape == calls[0][0][0].shape for call in calls):
+                break
+        self._calls = [(args[1:], kwargs) for args, kwargs in calls]
+        return calls[0][0][0]
+
+    def load(self, layer: int) -> torch.nn.Module:
+        """A decoder layer with its weights, on the device. Free it with `unload`."""
+        module = self._modules[layer]
+        places = parameter_places(module, self.architecture, f"{self.path}.{layer}.")
+        self._fill(places, self.weights(layer + 1))
+        return module.to(self.device)
+
+    def unload(self, layer: int) -> None:
+        """Gives the memory of a layer back. It cannot be loaded again."""
+        for parameter in self._modules[layer].parameters():
+            parameter.data = torch.empty(0, dtype=parameter.dtype)
+
+    def run(self, layer: int, hidden: torch.Tensor, **changes: Any) -> torch.Tensor:
+        """A loaded layer's output for hidden states (batch, length, hidden), after `embed`.
+
+        Args:
+            changes: keyword arguments that the model gives its layers otherwise.
+        """
+        args, kwargs = self._calls[layer]
+        known = {name: value for name, value in changes.items() if name in kwargs}
+        output = self._modules[layer](hidden, *args, **(kwargs | known))
+        return output if torch.is_tensor(output) else output[0]
+
+    def start_logits(self) -> None:
+        """Loads what follows the layers."""
+        self._fill_outside(self.layers + 1)
+        self._outside().to(self.device)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, length, vocabulary), float32, of the last layer's output, after `start_logits`."""
+        self._swap([_Feed(layer, hidden) for layer in self._modules])
+        try:
+            tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
+            return self.model(input_ids=tokens, use_cache=False).logits.float()  # type: ignore[no-any-return]
+        finally:
+            self._swap(self._modules)
+
+    def linears(self, layer: int) -> dict[str, torch.nn.Module]:
+        """The modules of a layer by the name that their weight has in the family's table."""
+        module = self._modules[layer]
+        found = {}
+        for name, part in module.named_modules():
+            places = [place for place, _ in part.named_parameters(recurse=False) if place == "weight"]
+            if places and name:
+                found[self._table_name(f"{self.path}.{layer}.{name}.weight")] = part
+        return found
+
+    def places(self, layer: int) -> dict[str, Array]:
+        """The memory of a loaded layer's parameters on the CPU, under the names of the family's table."""
+        return parameter_places(self._modules[layer], self.architecture, f"{self.path}.{layer}.")
+
+    def _table_name(self, name: str) -> str:
+        import re
+
+        for pattern, replacement in self.architecture.renames:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    def _record(
+        self, recorders: list[_Recorder], tokens: torch.Tensor, returns_tuple: bool
+    ) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        for recorder in recorders:
+            recorder.returns_tuple, recorder.call = returns_tuple, None
+        self._swap(recorders)
+        try:
+            self._base()(input_ids=tokens, use_cache=False)
+        finally:
+            self._swap(self._modules)
+        return [recorder.call for recorder in recorders if recorder.call is not None]
+
+    def _base(self) -> Any:
+        return self.model.base_model
+
+    def _outside(self) -> torch.nn.Module:
+        """The model without its layers."""
+        self._swap([])
+        return self.model
+
+    def _fill_outside(self, unit: int) -> None:
+        self._swap([])
+        places = parameter_places(self.model.to("cpu"), self.architecture)
+        self._fill(places, self.weights(unit), missing=True)
+        self._swap(self._modules)
+
+    def _fill(
+        self, places: Mapping[str, Array], tensors: Iterable[tuple[str, Array]], *, missing: bool = False
+    ) -> None:
+        lacking = set(places)
+        for name, values in tensors:
+            if name in places:
+                places[name][...] = values
+                lacking.discard(name)
+        if lacking and not missing:
+            raise LacksError(
+                f"transformers' {type(self.model).__name__} has '{min(lacking)}', which the weights have not",
+                "use another version of transformers",
+            )
+
+    def _swap(self, modules: list[Any]) -> None:
+        self._list._modules.clear()
+        for index, module in enumerate(modules):
+            self._list._modules[str(index)] = module
+
+
+class _Recorder(torch.nn.Module):
+    """Stands where a layer would be, notes how it is called and passes the hidden states on."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.__dict__["_layer"] = layer
+        self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.returns_tuple = False
+
+    def __getattr__(self, name: str) -> Any:  # models ask their layers for things such as `attention_type`
+        return getattr(self.__dict__["_layer"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.call = (args, kwargs)
+        return (args[0],) if self.returns_tuple else args[0]
+
+
+class _Feed(torch.nn.Module):
+    """Stands where a layer would be and returns given hidden states."""
+
+    def __init__(self, layer: torch.nn.Module, hidden: torch.Tensor) -> None:
+        super().__init__()
+        self.__dict__["_layer"] = layer
+        self.__dict__["_hidden"] = hidden
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_layer"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._hidden
+
+
+def _layer_list(model: Any, layers: int) -> tuple[str, torch.nn.ModuleList]:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == layers:
+            return name, module
+    raise LacksError(
+        f"transformers' {type(model).__name__} has no list of {layers} layers", "use another version of transformers"
+    )
+
+
+def batches(count: int, size: int) -> Iterator[slice]:
+    """Slices of up to `size` that together are `count` long."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))

@@ -1,0 +1,221 @@
+"""Four-bit weights with a scale per group of inputs and a factor per input: scale search, clipping and error
+compensation, all from one Gram matrix.
+
+- Factors (AWQ, Lin et al., arXiv 2306.00978): inputs x are divided and weights multiplied by s, which gives inputs of
+  large magnitude finer steps. s = x^a / w^(1-a) or x^a over a grid of a, and s = 1, by the exact error at the outputs.
+- Clipping: scales below the largest weight of a group, by the error with the group's own block of the Gram matrix.
+- Compensation (GPTQ, Frantar et al., arXiv 2210.17323): columns are rounded one after the other, and what a column's
+  rounding breaks is mended in those that follow, by the inverse of the Gram matrix.
+- Target: where the inputs are already those of a partly quantised model, the weights are first moved to what best gives
+  the outputs of the unquantised one (a least-squares problem with the same matrices).
+
+A weight is (out_features, in_features), written (N, K); G is the Gram matrix (K, K) of its inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from trtkit.convert.number_formats import INT4_MAX, INT4_MIN
+
+GRID = 20
+"""Values of a in the search for factors."""
+CLIPS = tuple(1 - step / 40 for step in range(21))
+"""Scales relative to the one that the largest weight of a group needs."""
+SEARCH_ROWS = 1024
+"""Outputs that the search for factors looks at, evenly spread: more change the choice no more."""
+DAMPING = 0.01
+TARGET_DAMPING = 0.05
+BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A quantised weight: value = codes * scales / factors.
+
+    Attributes:
+        codes: int8 (N, K), -8 to 7.
+        scales: float32 (N, K / group), representable in the dtype of the model.
+        factors: float32 (K,), whose inverse is what the inputs are multiplied with: that is representable.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    factors: torch.Tensor
+
+    def weight(self) -> torch.Tensor:
+        """float32 (N, K)."""
+        return _spread(self.codes.float(), self.scales) / self.factors
+
+
+def fit(
+    weight: torch.Tensor,
+    gram: torch.Tensor,
+    magnitude: torch.Tensor,
+    group: int,
+    dtype: torch.dtype,
+    *,
+    cross: torch.Tensor | None = None,
+    factors: bool = True,
+    compensate: bool = True,
+) -> Fitted:
+    """Quantises a weight, or several that share their inputs stacked along axis 0.
+
+    Args:
+        weight: (N, K), float32.
+        gram: (K, K), of the inputs.
+        magnitude: (K,), mean magnitude of the inputs.
+        group: inputs that share a scale; divides K.
+        dtype: that of the model, in which kernels hold scales and factors.
+        cross: (K, K), see `InputStatistics.cross`.
+        factors: whether the format has a factor per input.
+        compensate: round with compensation; otherwise each weight to its nearest.
+    """
+    target = weight if cross is None else _target(weight, gram, cross)
+    chosen = search_factors(target, gram, magnitude, group, dtype) if factors else torch.ones_like(magnitude)
+    fitted = _fit_scaled(target, gram, chosen, group, dtype, compensate)
+    # Rounding to nearest without factors is the floor: a worse result is not kept.
+    plain = _nearest(target, torch.ones_like(magnitude), group, dtype)
+    return (
+        fitted if output_error(fitted.weight() - target, gram) <= output_error(plain.weight() - target, gram) else plain
+    )
+
+
+def output_error(change: torch.Tensor, gram: torch.Tensor) -> float:
+    """tr(E G E^T): mean over tokens of the squared change of all outputs."""
+    return float((change @ gram).mul_(change).sum(dtype=torch.float64))
+
+
+def search_factors(
+    weight: torch.Tensor, gram: torch.Tensor, magnitude: torch.Tensor, group: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """The factors, float32 (K,), that lose least when weights are rounded to nearest."""
+    sample = weight[:: max(1, -(-len(weight) // SEARCH_ROWS))]
+    blocks = sample.view(len(sample), -1, group).abs()
+    relative = (blocks / blocks.amax(2, keepdim=True).clamp_min(1e-9)).view_as(sample).mean(0)
+    best, least = torch.ones_like(magnitude), float("inf")
+    for candidate in _candidates(magnitude, relative):
+        factors = _representable(candidate, dtype)
+        error = output_error(_nearest(sample, factors, group, dtype).weight() - sample, gram)
+        if error < least:
+            best, least = factors, error
+    return best
+
+
+def _candidates(magnitude: torch.Tensor, relative: torch.Tensor) -> list[torch.Tensor]:
+    found = [torch.ones_like(magnitude)]
+    for step in range(1, GRID + 1):
+        exponent = step / GRID
+        for scale in (magnitude**exponent, magnitude**exponent / (relative ** (1 - exponent) + 1e-4)):
+            positive = scale.clamp_min(1e-4)
+            found.append(positive / (positive.max() * positive.min()).sqrt())
+    return found
+
+
+def _representable(factors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Factors whose inverses the model's dtype holds."""
+    return 1 / (1 / factors).to(dtype).float()
+
+
+def _fit_scaled(
+    target: torch.Tensor, gram: torch.Tensor, factors: torch.Tensor, group: int, dtype: torch.dtype, compensate: bool
+) -> Fitted:
+    scaled = target * factors
+    own = gram / factors[:, None] / factors
+    scales = clipped_scales(scaled, own, group, dtype)
+    codes = compensated_codes(scaled, own, scales) if compensate else _codes(scaled, scales)
+    return Fitted(codes.to(torch.int8), scales, factors)
+
+
+def _nearest(weight: torch.Tensor, factors: torch.Tensor, group: int, dtype: torch.dtype) -> Fitted:
+    scaled = weight * factors
+    scales = _largest_scales(scaled, group).to(dtype).float()
+    return Fitted(_codes(scaled, scales).to(torch.int8), scales, factors)
+
+
+def _largest_scales(weight: torch.Tensor, group: int) -> torch.Tensor:
+    scales = weight.view(len(weight), -1, group).abs().amax(2) / INT4_MAX
+    return torch.where(scales == 0, torch.ones_like(scales), scales)
+
+
+def _codes(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    grouped = weight.view(*scales.shape, -1) / scales[:, :, None]
+    return grouped.round_().clamp_(INT4_MIN, INT4_MAX).view_as(weight)
+
+
+def _spread(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return (codes.view(*scales.shape, -1) * scales[:, :, None]).view_as(codes)
+
+
+def clipped_scales(weight: torch.Tensor, gram: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:
+    """For every group of every output, the scale out of `CLIPS` with the least error by the group's own inputs."""
+    count = weight.shape[1] // group
+    blocks = torch.stack([gram[i : i + group, i : i + group] for i in range(0, weight.shape[1], group)])
+    largest = _largest_scales(weight, group)
+    best, least = largest.to(dtype).float(), torch.full_like(largest, float("inf"))
+    for clip in CLIPS:
+        scales = (largest * clip).to(dtype).float()
+        change = (_spread(_codes(weight, scales), scales) - weight).view(-1, count, group).transpose(0, 1)
+        error = torch.bmm(change, blocks).mul_(change).sum(2).T
+        better = error < least
+        least = torch.where(better, error, least)
+        best = torch.where(better, scales, best)
+    return best
+
+
+def compensated_codes(weight: torch.Tensor, gram: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Codes (N, K), float32, column by column in blocks; the scales are fixed before."""
+    weight = weight.clone()
+    columns = weight.shape[1]
+    group = columns // scales.shape[1]
+    inverse = _inverse_factor(gram)
+    codes = torch.empty_like(weight)
+    for start in range(0, columns, BLOCK):
+        stop = min(start + BLOCK, columns)
+        # Transposed, a column is contiguous; this loop is all memory.
+        part = weight[:, start:stop].T.contiguous()
+        errors = torch.empty_like(part)
+        for column in range(start, stop):
+            here, scale = part[column - start], scales[:, column // group]
+            code = (here / scale).round_().clamp_(INT4_MIN, INT4_MAX)
+            codes[:, column] = code
+            error = (here - code * scale) / inverse[column, column]
+            part[column - start + 1 :].addr_(inverse[column, column + 1 : stop], error, alpha=-1)
+            errors[column - start] = error
+        weight[:, stop:].addmm_(errors.T, inverse[start:stop, stop:], alpha=-1)
+    return codes
+
+
+def _inverse_factor(gram: torch.Tensor) -> torch.Tensor:
+    """Upper Cholesky factor of the inverse of the damped Gram matrix."""
+    damping = DAMPING
+    while True:
+        damped = _damped(gram, damping)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+            if not failed:
+                return inverse
+        damping *= 10  # inputs that depend on each other: more damping always ends it
+
+
+def _target(weight: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
+    """argmin over V of |W Y^T - V X^T|^2 with some damping towards W: V = W (C + d) (G + d)^-1."""
+    mean = float(gram.diagonal().mean())
+    left, right = cross.clone(), gram.clone()
+    for matrix in (left, right):
+        matrix.diagonal().add_(TARGET_DAMPING * mean)
+    factor, failed = torch.linalg.cholesky_ex(right)
+    if failed:
+        return weight
+    return torch.cholesky_solve((weight @ left).T, factor).T.contiguous()
+
+
+def _damped(gram: torch.Tensor, damping: float) -> torch.Tensor:
+    damped = gram.clone()
+    diagonal = damped.diagonal()
+    mean = float(diagonal.mean())
+    diagonal.add_(damping * mean if mean > 0 else 1.0)  # inputs that are always zero: any code will do
+    return damped

@@ -1,0 +1,150 @@
+"""From a weight and what is known of its inputs to the tensors that stand for it in a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from trtkit.convert.cast import Array
+from trtkit.convert.linears import SMOOTHERS, Linear
+from trtkit.convert.number_formats import FLOAT8_MAX, pack_int4
+from trtkit.convert.quantization import Format
+from trtkit.quantize import awq, smoothquant
+from trtkit.quantize.statistics import InputStatistics
+
+FLOAT8_FLOOR = 1 / (FLOAT8_MAX * 512)
+"""Smallest scale of FP8 rowwise (tensorrt_llm/models/llama/convert.py, fp8_per_channel_quant_weight_gpu)."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How weights are fitted.
+
+    Attributes:
+        factors: search factors per input (AWQ formats; SmoothQuant always does).
+        compensate: compensate the error of rounding.
+        correct: aim at the outputs of the unquantised model although the inputs are those of the quantised one.
+    """
+
+    factors: bool = True
+    compensate: bool = True
+    correct: bool = True
+
+
+def needs_gram(form: Format) -> bool:
+    return form.bits == 4 or form.name.startswith("int8_sq")
+
+
+def quantize_linears(
+    form: Format,
+    group: int | None,
+    linears: Sequence[Linear],
+    weights: Sequence[torch.Tensor],
+    statistics: InputStatistics,
+    dtype: torch.dtype,
+    effort: Effort,
+) -> list[dict[str, Array]]:
+    """The tensors of linears that share their inputs, and with them factors and scales where the layout or a kernel
+    that fuses them wants one.
+
+    Args:
+        weights: (N, K) float32, of each linear.
+        dtype: that of the model.
+
+    Returns:
+        Suffix -> tensor, for each linear.
+    """
+    joined = torch.cat(list(weights))
+    if form.name in ("int4_awq", "w4a8_awq"):
+        made = _int4(form, group or 128, joined, statistics, dtype, effort)
+    elif form.name in ("int8_sq", "int8_sq_plugin"):
+        made = _int8(form, linears[0].kind, joined, statistics, dtype)
+    else:
+        made = _float8(form, joined, statistics)
+    sizes = [linear.rows for linear in linears]
+    return [_rows(form, made, start, size) for start, size in zip(np.cumsum([0, *sizes]), sizes, strict=False)]
+
+
+def _int4(
+    form: Format, group: int, weight: torch.Tensor, statistics: InputStatistics, dtype: torch.dtype, effort: Effort
+) -> dict[str, Array]:
+    fitted = awq.fit(
+        weight,
+        statistics.gram,
+        statistics.mean_magnitude,
+        group,
+        dtype,
+        cross=statistics.cross if effort.correct else None,
+        factors=effort.factors,
+        compensate=effort.compensate,
+    )
+    prequant = 1 / fitted.factors
+    made = {
+        "weight": pack_int4(fitted.codes.cpu().numpy()),
+        "weights_scaling_factor": fitted.scales.cpu().numpy(),
+        "prequant_scaling_factor": prequant.cpu().numpy(),
+    }
+    if form.name == "w4a8_awq":
+        made["activation_scaling_factor"] = _scale(statistics.largest * prequant, FLOAT8_MAX)
+        made["weights_scaling_factor_2"] = _scale(fitted.weight() * fitted.factors, FLOAT8_MAX)
+    return made
+
+
+def _int8(
+    form: Format, kind: str, weight: torch.Tensor, statistics: InputStatistics, dtype: torch.dtype
+) -> dict[str, Array]:
+    plugin = form.name == "int8_sq_plugin"
+    factors = smoothquant.smoothing(weight, statistics, dtype=dtype, per_token=plugin)
+    scales = smoothquant.row_scales(weight * factors)
+    made = {"weight": smoothquant.row_codes(weight * factors, scales).cpu().numpy()}
+    if not plugin:
+        made["weights_scaling_factor"] = scales.cpu().numpy()
+        made["prequant_scaling_factor"] = (1 / factors).cpu().numpy()
+        made["activation_scaling_factor"] = _scale(statistics.largest / factors, smoothquant.LEVELS)
+        return made
+    made["per_channel_scale"] = scales.cpu().numpy()
+    # Where a norm stands in front it takes the factors, elsewhere the network divides by them.
+    made["smoother" if kind in SMOOTHERS else "_norm"] = factors.cpu().numpy()[None]
+    return made
+
+
+def _float8(form: Format, weight: torch.Tensor, statistics: InputStatistics) -> dict[str, Array]:
+    if form.name == "fp8_rowwise":
+        scales = (weight.abs().amax(1) / FLOAT8_MAX).clamp_min(FLOAT8_FLOOR)
+        return {"weight": _to_float8(weight / scales[:, None]), "per_channel_scale": scales.cpu().numpy()}
+    scale = _scale(weight, FLOAT8_MAX)
+    return {
+        "weight": _to_float8(weight / float(scale[0])),
+        "weights_scaling_factor": scale,
+        "activation_scaling_factor": _scale(statistics.largest, FLOAT8_MAX),
+    }
+
+
+def _to_float8(values: torch.Tensor) -> Array:
+    import ml_dtypes
+
+    rounded = values.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn)
+    return rounded.view(torch.uint8).cpu().numpy().view(ml_dtypes.float8_e4m3fn)
+
+
+def _scale(values: torch.Tensor, largest: float) -> Array:
+    """What the largest magnitude is divided by to become `largest`: float32 (1,); 1 where all is zero."""
+    found = float(values.abs().max())
+    return np.array([found / largest if found > 0 else 1.0], np.float32)
+
+
+def _rows(form: Format, made: dict[str, Array], start: int, size: int) -> dict[str, Array]:
+    """The part of one linear out of tensors of several."""
+    own = {}
+    for suffix, values in made.items():
+        step = 2 if suffix == "weight" and form.bits == 4 else 1
+        along_rows = suffix in ("weight", "per_channel_scale") or (
+            suffix == "weights_scaling_factor" and values.size > 1
+        )
+        own[suffix] = np.ascontiguousarray(values[start // step : (start + size) // step]) if along_rows else values
+    if form.name == "int8_sq_plugin":
+        own["per_channel_scale"] = own["per_channel_scale"][None]
+    return own

@@ -1,0 +1,437 @@
+"""Quantises a model one decoder layer at a time: load it, run the calibration text through it, quantise, write, free.
+
+The outcome is a folder with one safetensors file per layer that holds the layer's quantised linears whole, in the form
+of a TP 1 checkpoint; `trtkit.convert` then splits them like any other tensors. A run that was killed goes on with the
+first layer that has no file.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from trtkit.convert.cast import Array
+from trtkit.convert.dequantize import dequantize, input_rounding
+from trtkit.convert.layerwise import LayerwiseModel, batches
+from trtkit.convert.linears import SCALED_NORMS, Linear, linears
+from trtkit.convert.plan import PlannedTensor, checkpoint_quantization
+from trtkit.convert.quantization import Format, Quantization
+from trtkit.convert.readback import round_linears
+from trtkit.convert.simulate import CacheStatistics
+from trtkit.convert.source import source_tensors
+from trtkit.convert.whole import gather, scatter, whole_tensors
+from trtkit.errors import InputError
+from trtkit.hf import Source
+from trtkit.quantize.awq import output_error
+from trtkit.quantize.fit import Effort, needs_gram, quantize_linears
+from trtkit.quantize.hidden import HiddenStates
+from trtkit.quantize.statistics import InputStatistics
+from trtkit.safetensors_io import DTYPES, Reader, TensorEntry, TensorSpec, Writer, read_header
+from trtkit.store import atomic_write
+
+BATCH_TOKENS = 2048
+"""Tokens that run through a layer at once."""
+TOGETHER = ("mlp.fc", "mlp.gate")
+"""Linears that share their inputs, and that some kernels and the Hugging Face layout fuse."""
+_TORCH = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class LinearQuality:
+    """How well one linear came out.
+
+    Attributes:
+        name: TRT-LLM name.
+        format: name in FORMATS.
+        snr: signal-to-noise ratio of its outputs on the calibration text, in dB; None where no statistics were kept.
+    """
+
+    name: str
+    format: str
+    snr: float | None
+
+
+@dataclass
+class LayerJob:
+    """One decoder layer at work.
+
+    Attributes:
+        weights: (N, K) float32 of each linear that gets a format.
+        forms: their formats.
+        statistics: of the inputs, by linear.
+        quality, tensors: the outcome.
+    """
+
+    layer: int
+    linears: Sequence[Linear]
+    forms: Mapping[str, Format]
+    statistics: dict[str, InputStatistics] = field(default_factory=dict)
+    quality: list[LinearQuality] = field(default_factory=list)
+    tensors: dict[str, Array] = field(default_factory=dict)
+
+
+class Quantizer:
+    """Quantises the layers of a source into `folder`.
+
+    Args:
+        config: config.json of the checkpoint, with its `quantization`.
+        tokens: int64 (samples, length), see `trtkit.quantize.calibration`.
+        folder: for the layers' files and hidden states; what an interrupted run left there is used.
+        device: where layers run.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        source: Source,
+        tokens: Array,
+        folder: Path,
+        *,
+        effort: Effort | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self.config, self.tokens, self.folder = config, tokens, folder
+        self.effort = effort or Effort()
+        self.device = torch.device(device)
+        self.quantization: Quantization = checkpoint_quantization(config)
+        self.whole, self.shapes = whole_tensors(config)
+        self.dtype = _TORCH[config["dtype"]]
+        self._tensors = source_tensors(source)
+        self._reader = Reader()
+        self._sources = _sources_by_unit(self.whole)
+        self.model = LayerwiseModel(
+            config, self._read_unit, dtype=compute_dtype(self.dtype, self.device), device=device
+        )
+        self._linears = [
+            linear
+            for linear in linears(config)
+            if (form := self.quantization.format_of(linear.name)) and not form.weight_only
+        ]
+
+    def run(self, on_layer: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Makes the files of all layers that have none.
+
+        Raises:
+            InputError: an activation is NaN or infinite; names the layer.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with torch.inference_mode():
+            start = self._start()
+            for layer in range(start, self.model.layers):
+                on_layer(layer, self.model.layers)
+                self._layer(layer)
+            on_layer(self.model.layers, self.model.layers)
+        for leftover in (*self.folder.glob("exact-*"), *self.folder.glob("rounded-*")):
+            leftover.unlink()
+
+    def _start(self) -> int:
+        """The first layer to work at, with the hidden states that go into it on disk."""
+        done = 0
+        while done < self.model.layers and layer_file(self.folder, done).is_file():
+            done += 1
+        if done == self.model.layers:
+            return done
+        self._embed(write=False)
+        for layer in range(done, 0, -1):
+            if self._states("exact", layer).complete and self._states("rounded", layer).complete:
+                return layer
+        self._embed(write=True)
+        return 0
+
+    def _states(self, stream: str, layer: int) -> HiddenStates:
+        samples, length = self.tokens.shape
+        if stream == "rounded" and (layer == 0 or not self._corrects):
+            stream = "exact"  # the same
+        path = self.folder / f"{stream}-{layer}"
+        return HiddenStates(path, (samples, length, self.config["hidden_size"]), self.model.dtype)
+
+    @property
+    def _corrects(self) -> bool:
+        """Whether later layers see what the quantised earlier ones give them."""
+        forms = [self.quantization.format_of(linear.name) for linear in self._linears]
+        return self.effort.correct and any(form is not None and form.bits == 4 for form in forms)
+
+    def _batches(self) -> Iterator[slice]:
+        samples, length = self.tokens.shape
+        yield from batches(samples, max(1, BATCH_TOKENS // length))
+
+    def _embed(self, *, write: bool) -> None:
+        states = self._states("exact", 0)
+        for where in self._batches() if write else [slice(0, 1)]:
+            hidden = self.model.embed(torch.from_numpy(np.ascontiguousarray(self.tokens[where])))
+            if write:
+                states.write(where, hidden)
+        if write:
+            states.finish()
+
+    def _layer(self, layer: int) -> None:
+        module = self.model.load(layer)
+        own = [linear for linear in self._linears if linear.layer == layer]
+        forms = {linear.name: form for linear in own if (form := self.quantization.format_of(linear.name))}
+        job = LayerJob(layer, own, forms)
+        file = layer_file(self.folder, layer)
+        cache = CacheStatistics()
+        last = layer == self.model.layers - 1
+        finished = file.is_file()
+        self._collect(job, cache, keep=not finished, last=last)
+        if finished:
+            roundings = self._restore(job, read_header(file))
+        else:
+            roundings = self._quantize(job, module, cache)
+            self._save(job, file)
+        if self._corrects and not last:
+            round_linears(module, self.model.architecture, roundings, f"{self.model.path}.{layer}.")
+            self._propagate(layer)
+        self.model.unload(layer)
+        for stream in ("exact", "rounded"):
+            self._states(stream, layer).remove()
+
+    def _collect(self, job: LayerJob, cache: CacheStatistics, *, keep: bool, last: bool) -> None:
+        """Runs both streams through the unquantised layer, counts inputs, and writes the exact stream's outcome."""
+        modules = self.model.linears(job.layer)
+        hooked = (
+            {linear.name: modules[self.whole[f"{linear.name}.weight"].pieces[0].source] for linear in job.linears}
+            if keep
+            else {}
+        )
+        exact, rounded, after = (
+            self._states("exact", job.layer), self._states("rounded", job.layer), self._states("exact", job.layer + 1)
+        )  # fmt: skip
+        apart = self._corrects and job.layer > 0
+        changes = {"past_key_values": cache, "layer_past": cache} if keep and self.quantization.kv_cache else {}
+        for where in self._batches():
+            with _Inputs(hooked) as seen:
+                hidden = exact.read(where, self.device)
+                output = self.model.run(job.layer, hidden, **({} if apart else changes))
+            if not torch.isfinite(output).all():
+                raise InputError(
+                    f"layer {job.layer}: calibration gives NaN or infinite activations",
+                    "check the source (`trtkit convert` without quantisation lists NaN), or use --dtype bfloat16",
+                )
+            if not last:
+                after.write(where, output)
+            if apart:
+                with _Inputs(hooked) as now:
+                    self.model.run(job.layer, rounded.read(where, self.device), **changes)
+                self._count(job, now.found, seen.found)
+            else:
+                self._count(job, seen.found, None)
+        if not last:
+            after.finish()
+
+    def _count(
+        self, job: LayerJob, inputs: Mapping[str, torch.Tensor], exact: Mapping[str, torch.Tensor] | None
+    ) -> None:
+        shared: dict[int, InputStatistics] = {}
+        for linear in job.linears:
+            if linear.name not in inputs:
+                continue
+            values = inputs[linear.name]
+            known = job.statistics.get(linear.name)
+            if id(values) in shared:  # the same tensor goes into several linears: counted once
+                job.statistics[linear.name] = shared[id(values)]
+                continue
+            if known is None:
+                gram = any(needs_gram(form) for form in job.forms.values())
+                known = InputStatistics(values.shape[-1], gram=gram, device=self.device)
+                job.statistics[linear.name] = known
+            shared[id(values)] = known
+            known.add(values, None if exact is None else exact[linear.name])
+
+    def _quantize(self, job: LayerJob, module: torch.nn.Module, cache: CacheStatistics) -> dict[str, Any]:
+        """Fits the linears of a layer and puts what came out into the module; how their inputs are rounded."""
+        places = self.model.places(job.layer)
+        roundings: dict[str, Any] = {}
+        for group in _groups(job.linears, job.forms):
+            form = job.forms[group[0].name]
+            wholes = [self.whole[f"{linear.name}.weight"] for linear in group]
+            weights = [gather(whole, self._read) for whole in wholes]
+            statistics = job.statistics[group[0].name]
+            made = quantize_linears(
+                form, self.quantization.group_size, group,
+                [torch.from_numpy(weight).to(self.device) for weight in weights], statistics, self.dtype, self.effort,
+            )  # fmt: skip
+            for linear, whole, weight, tensors in zip(group, wholes, weights, made, strict=True):
+                roundings |= self._put(job, linear, whole, form, tensors, places)
+                job.quality.append(LinearQuality(linear.name, form.name, _snr(form, tensors, weight, statistics)))
+        if self.quantization.kv_cache:
+            scale = cache.scale(self.quantization.kv_cache)
+            name = f"transformer.layers.{job.layer}.attention.kv_cache_scaling_factor"
+            job.tensors[name] = np.array([scale], np.float32)
+        return roundings
+
+    def _put(
+        self, job: LayerJob, linear: Linear, whole: PlannedTensor, form: Format, tensors: dict[str, Array],
+        places: Mapping[str, Array],
+    ) -> dict[str, Any]:  # fmt: skip
+        """Notes a linear's tensors and puts the weight that they stand for into the module."""
+        smoothing = tensors.pop("_norm", None)
+        if smoothing is not None:
+            self._scale_norms(job, linear, smoothing[0])
+        for suffix, values in tensors.items():
+            job.tensors[f"{linear.name}.{suffix}"] = values
+        effective = dequantize(form, tensors)
+        if smoothing is not None:
+            effective = effective / smoothing  # the module still has the unscaled norm
+        for name, values in scatter(whole, effective, self.shapes):
+            _fill_part(places[name], values, whole, name)
+        rounding = input_rounding(form, tensors)
+        return {} if rounding is None else {piece.source: rounding for piece in whole.pieces}
+
+    def _scale_norms(self, job: LayerJob, linear: Linear, factors: Array) -> None:
+        for norm, owner in SCALED_NORMS.items():
+            if linear.kind != owner:
+                continue
+            for part in ("weight", "bias"):
+                name = f"transformer.layers.{job.layer}.{norm}.{part}"
+                if name in self.whole:
+                    job.tensors[name] = gather(self.whole[name], self._read) / factors
+            job.tensors[f"transformer.layers.{job.layer}.{norm}.scale_to_int"] = np.ones(1, np.float32)
+
+    def _restore(self, job: LayerJob, entries: Mapping[str, TensorEntry]) -> dict[str, Any]:
+        """Puts a finished layer's weights into the module."""
+        places = self.model.places(job.layer)
+        roundings: dict[str, Any] = {}
+        for linear in job.linears:
+            own = f"{linear.name}."
+            tensors = {
+                name.removeprefix(own): self._reader.tensor(entry)
+                for name, entry in entries.items()
+                if name.startswith(own)
+            }
+            tensors.pop("kv_cache_scaling_factor", None)
+            roundings |= self._put(job, linear, self.whole[f"{own}weight"], job.forms[linear.name], tensors, places)
+        return roundings
+
+    def _propagate(self, layer: int) -> None:
+        before, after = self._states("rounded", layer), self._states("rounded", layer + 1)
+        for where in self._batches():
+            after.write(where, self.model.run(layer, before.read(where, self.device)))
+        after.finish()
+
+    def _save(self, job: LayerJob, file: Path) -> None:
+        model_dtype = DTYPES[{"float16": "F16", "bfloat16": "BF16", "float32": "F32"}[self.config["dtype"]]]
+        specs, arrays = [], []
+        for name, values in job.tensors.items():
+            in_model_dtype = name.endswith((".prequant_scaling_factor", ".scale_to_int", "norm.weight", "norm.bias"))
+            array = values.astype(model_dtype) if in_model_dtype else values
+            specs.append(TensorSpec(name, array.dtype, array.shape))
+            arrays.append(array)
+        partial = file.with_name(f".{file.name}")
+        partial.unlink(missing_ok=True)
+        writer = Writer(partial, specs)
+        try:
+            for spec, array in zip(specs, arrays, strict=True):
+                writer.write(spec.name, 0, array)
+            writer.sync()
+        finally:
+            writer.close()
+        atomic_write(file.with_suffix(".json"), json.dumps([asdict(each) for each in job.quality]))
+        partial.replace(file)
+
+    def _read(self, name: str) -> Array:
+        return self._reader.tensor(self._tensors[name])
+
+    def _read_unit(self, unit: int) -> Iterator[tuple[str, Array]]:
+        for name in self._sources.get(unit, ()):
+            yield name, self._read(name)
+
+
+class _Inputs:
+    """The inputs of modules during a call, by name of the linear."""
+
+    def __init__(self, modules: Mapping[str, torch.nn.Module]) -> None:
+        self.found: dict[str, torch.Tensor] = {}
+        self._modules = modules
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> _Inputs:
+        for name, module in self._modules.items():
+
+            def note(module: torch.nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                self.found[name] = args[0]
+
+            self._handles.append(module.register_forward_pre_hook(note))
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def layer_file(folder: Path, layer: int) -> Path:
+    return folder / f"layer-{layer}.safetensors"
+
+
+def layer_entries(folder: Path) -> dict[str, TensorEntry]:
+    """Every tensor that quantisation made, by name."""
+    found: dict[str, TensorEntry] = {}
+    for file in folder.glob("layer-*.safetensors"):
+        found |= read_header(file)
+    return found
+
+
+def qualities(folder: Path, layers: int) -> list[LinearQuality]:
+    """How well every linear came out, in order of execution."""
+    found = []
+    for layer in range(layers):
+        noted = layer_file(folder, layer).with_suffix(".json")
+        found += [LinearQuality(**each) for each in json.loads(noted.read_text(encoding="utf-8"))]
+    return found
+
+
+def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What layers run in: the model's dtype where the processor is fast at it, float32 otherwise."""
+    if device.type == "cuda":
+        return dtype
+    fast = dtype == torch.bfloat16 and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return dtype if fast else torch.float32
+
+
+def _groups(found: Sequence[Linear], forms: Mapping[str, Format]) -> Iterator[list[Linear]]:
+    """Linears that are quantised together."""
+    together = [linear for linear in found if linear.kind in TOGETHER]
+    alike = len({forms[linear.name].name for linear in together}) == 1
+    share = alike and all(forms[linear.name].name != "int8_sq" for linear in together)
+    for linear in found:
+        if linear not in together or not share:
+            yield [linear]
+        elif linear is together[0]:
+            yield together
+
+
+def _snr(form: Format, tensors: Mapping[str, Array], weight: Array, statistics: InputStatistics) -> float | None:
+    if not needs_gram(form):
+        return None
+    exact = torch.from_numpy(weight).to(statistics.largest.device)
+    change = torch.from_numpy(dequantize(form, tensors)).to(exact.device) - exact
+    noise, signal = output_error(change, statistics.gram), output_error(exact, statistics.gram)
+    return float(10 * np.log10(signal / max(noise, 1e-30))) if signal > 0 else None
+
+
+def _fill_part(place: Array, values: Array, whole: PlannedTensor, name: str) -> None:
+    """Writes what a linear holds of a source tensor, and leaves the rest of that tensor alone."""
+    for piece in whole.pieces:
+        if piece.source == name:
+            where = tuple(slice(start, stop) for start, stop in piece.box)
+            place.reshape(piece.view)[where] = values.reshape(piece.view)[where]
+
+
+def _sources_by_unit(whole: Mapping[str, PlannedTensor]) -> dict[int, list[str]]:
+    found: dict[int, dict[str, None]] = {}
+    for tensor in whole.values():
+        for piece in tensor.pieces:
+            found.setdefault(tensor.unit, {})[piece.source] = None
+    return {unit: list(names) for unit, names in found.items()}
+
+
+def remove(folder: Path) -> None:
+    """Removes what a finished checkpoint needs no more."""
+    shutil.rmtree(folder, ignore_errors=True)
