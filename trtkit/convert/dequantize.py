@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -37,11 +37,15 @@ class InputRounding:
     prequant: Array | None = None
 
 
-def dequantize(form: Format, tensors: Tensors) -> Array:
-    """The weight, float32 (N, K) or (experts, N, K), that gives the same outputs for unscaled inputs."""
+def dequantize(form: Format, tensors: Tensors, dtype: np.dtype[Any]) -> Array:
+    """The weight, float32 (N, K) or (experts, N, K), that gives the same outputs for unscaled inputs.
+
+    Args:
+        dtype: that of the model, in which the kernels for int4 hold the scales of groups.
+    """
     if form.weight_only:
         return _as_built(form, tensors["weight"])
-    weight = _grid(form, tensors)
+    weight = _grid(form, tensors, dtype)
     scale = tensors.get("prequant_scaling_factor")
     if scale is not None:
         weight = weight * scale.astype(np.float32)
@@ -63,21 +67,10 @@ def input_rounding(form: Format, tensors: Tensors) -> InputRounding | None:
     return InputRounding(kind, None if scale is None else float(scale[0]), wide)
 
 
-def _grid(form: Format, tensors: Tensors) -> Array:
+def _grid(form: Format, tensors: Tensors, dtype: np.dtype[Any]) -> Array:
     weight = tensors["weight"]
     if form.bits == 4:
-        scales = tensors["weights_scaling_factor"]
-        codes = unpack_int4(weight) if weight.ndim == 2 else np.stack([unpack_int4(each) for each in weight])
-        values = IntegerWeight(codes.reshape(-1, codes.shape[-1]), scales.reshape(-1, scales.shape[-1])).dequantize()
-        values = values.reshape(codes.shape)
-        if "zero" in tensors:
-            zero = tensors["zero"].astype(np.float32).T  # (N, groups), already multiplied with the scale
-            values += np.repeat(zero, codes.shape[-1] // zero.shape[-1], axis=-1)
-        if form.name == "w4a8_awq":
-            # The kernel multiplies in float8: what int4 codes and their scales make is rounded to it first.
-            outer = tensors["weights_scaling_factor_2"].astype(np.float32)
-            values = round_float8(values / outer) * outer
-        return values
+        return _int4(form, tensors, dtype)
     scale = tensors.get("weights_scaling_factor", tensors.get("per_channel_scale"))
     factors = np.ones(1, np.float32) if scale is None else scale.astype(np.float32)
     if form.name == "int8_sq_plugin":
@@ -85,6 +78,23 @@ def _grid(form: Format, tensors: Tensors) -> Array:
     elif factors.size > 1 or weight.ndim > 2:
         factors = factors.reshape(*weight.shape[:-2], -1, 1)
     return weight.astype(np.float32) * factors
+
+
+def _int4(form: Format, tensors: Tensors, dtype: np.dtype[Any]) -> Array:
+    weight, scales = tensors["weight"], tensors["weights_scaling_factor"].astype(np.float32)
+    outer = tensors.get("weights_scaling_factor_2")
+    if outer is None:
+        scales = scales.astype(dtype).astype(np.float32)
+    else:  # the kernel has the quotient, in float16 whatever the model's dtype is
+        scales = (scales / outer).astype(np.float16).astype(np.float32)
+    codes = unpack_int4(weight) if weight.ndim == 2 else np.stack([unpack_int4(each) for each in weight])
+    flat = IntegerWeight(codes.reshape(-1, codes.shape[-1]), scales.reshape(-1, scales.shape[-1]))
+    values = flat.dequantize().reshape(codes.shape)
+    if "zero" in tensors:
+        zero = tensors["zero"].astype(np.float32).T  # (N, groups), already multiplied with the scale
+        values += np.repeat(zero, codes.shape[-1] // zero.shape[-1], axis=-1)
+    # The kernel of W4A8 multiplies in float8: what codes and scales make is rounded to it first.
+    return values if outer is None else round_float8(values) * outer.astype(np.float32)
 
 
 def _as_built(form: Format, weight: Array) -> Array:

@@ -77,9 +77,11 @@ class CheckpointReader:
             whole = self._whole[f"{linear.name}.weight"]
             if form is not None and form.weight_only:
                 plain = gather(whole, kept.__getitem__).astype(self._dtype)
-                yield from scatter(whole, dequantize(form, {"weight": plain}), self.shapes)
+                yield from scatter(whole, dequantize(form, {"weight": plain}, self._dtype), self.shapes)
             elif form is not None:
-                yield from scatter(whole, dequantize(form, self._tensors_of(linear, form, kept)), self.shapes)
+                yield from scatter(
+                    whole, dequantize(form, self._tensors_of(linear, form, kept), self._dtype), self.shapes
+                )
 
     def _weight_only(self, unit: int) -> set[str]:
         """Source tensors whose values count only together with the rest of their linear."""

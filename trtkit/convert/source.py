@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trtkit import __version__, architectures
@@ -39,7 +39,7 @@ class Layout:
     ep: int = 1
     dtype: str = "auto"
     parallel_embedding: str = "none"
-    quantization: Quantization = Quantization()
+    quantization: Quantization = field(default_factory=Quantization)
 
 
 def plan_conversion(source: Source, options: CheckpointConfig | Layout) -> Plan:

@@ -136,10 +136,11 @@ def test_padding_ids_in_the_text_count_like_others(llama: MakeLlama, recwarn: py
     assert found.reference_perplexity == pytest.approx(by_hand(logits, logits, tokens)["reference_perplexity"])
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_token_that_is_never_predicted() -> None:
     p, q = np.zeros((3, 4)), np.zeros((3, 4))
     p[:, 3] = q[:, 3] = -np.inf
-    tokens = np.array([[0, 1, 2]])
+    tokens = np.array([[0, 1, 2], [0, 1, 2]])
     assert score(fixed(q), tokens, fixed(p)).mean_kl == 0
     q[:, 1] = -np.inf  # the candidate excludes what the reference does not
     found = score(fixed(q), tokens, fixed(p))
@@ -147,6 +148,7 @@ def test_a_token_that_is_never_predicted() -> None:
     assert found.to_dict()["mean_kl"] is None
     with pytest.raises(CheckFailedError):
         check_limit(found, 1e9)
+    assert math.isnan(score(fixed(q), tokens, fixed(q)).perplexity_increase)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -1,0 +1,65 @@
+"""Conversion with quantisation: a `WriteRanks` that first makes the quantised tensors and then writes the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from trtkit.convert.conversion import WORK, Options, Progress, WriteRanks, write_here
+from trtkit.convert.plan import Plan
+from trtkit.convert.quantization import Quantization, get
+from trtkit.hf import Source
+from trtkit.quantize.calibration import Calibration
+from trtkit.quantize.fit import Effort
+from trtkit.quantize.pipeline import LinearQuality, Quantizer, layer_entries, qualities
+
+
+def needs_calibration(quantization: Quantization) -> bool:
+    """Whether activations must be seen: all formats but those whose weights trtllm-build or a single look quantises."""
+    return quantization.kv_cache is not None or any(not get(name).weight_only for name in quantization.formats)
+
+
+def quantizing(
+    calibration: Calibration,
+    *,
+    effort: Effort | None = None,
+    device: str = "cpu",
+    on_layer: Callable[[int, int], None] = lambda done, total: None,
+    on_quality: Callable[[list[LinearQuality]], None] = lambda found: None,
+) -> WriteRanks:
+    """For `trtkit.convert.conversion.convert`: quantises layer by layer, then writes the ranks.
+
+    Args:
+        calibration: see `trtkit.quantize.calibration.load_tokens`.
+        device: where layers run: `cpu`, `cuda`, `cuda:1`.
+        on_layer: called with decoder layers (done, total).
+        on_quality: called once, with how well every linear came out.
+    """
+
+    def write(
+        plan: Plan, source: Source, folder: Path, options: Options, progress: Progress, advance: Callable[[int], None]
+    ) -> None:
+        work = folder / WORK
+        quantizer = Quantizer(plan.config, source, calibration.tokens, work, effort=effort, device=device)
+        quantizer.run(on_layer)
+        on_quality(qualities(work, plan.config["num_hidden_layers"]))
+        write_here(plan, source, folder, options, progress, advance, made=layer_entries(work))
+
+    return write
+
+
+def identity(calibration: Calibration, effort: Effort | None = None) -> Mapping[str, Any]:
+    """What beside the source and the plan determines quantised tensors, for `Options.quantization`."""
+    effort = effort or Effort()
+    return {
+        "calibration": {
+            "text": calibration.origin,
+            "sha256": calibration.digest,
+            "samples": calibration.samples,
+            "length": calibration.length,
+        },
+        "factors": effort.factors,
+        "compensate": effort.compensate,
+        "correct": effort.correct,
+    }
