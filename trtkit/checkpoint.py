@@ -1,5 +1,8 @@
 """A TRT-LLM checkpoint: `config.json` and one `rank{R}.safetensors` per rank, R = pp_rank * tp_size + tp_rank.
 
+Where linears have different formats (mixed precision), `quant_cfg.json` beside it says which has which. In memory that
+table is a part of the config: its `quantization.quantized_layers`.
+
 Format: TensorRT-LLM, docs/source/legacy/architecture/checkpoint.md and tensorrt_llm/models/modeling_utils.py.
 """
 
@@ -7,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,11 @@ from trtkit.untrusted import is_name, printable, read_json
 
 MANIFEST = "conversion.json"
 """What a checkpoint that trtkit made was made of, and the checksums of its files."""
+
+CONFIG = "config.json"
+LAYERS_CONFIG = "quant_cfg.json"
+MIXED_PRECISION = "MIXED_PRECISION"
+"""What `quantization.quant_algo` of config.json says where quant_cfg.json says the rest."""
 
 REQUIRED_KEYS = (
     "architecture", "dtype", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
@@ -68,7 +77,8 @@ def stage_layers(layers: int, pp: int) -> list[range]:
 
 
 def read_checkpoint_config(path: Path) -> dict[str, Any]:
-    """config.json of a checkpoint folder, with the keys every use needs, of the types they must have.
+    """config.json of a checkpoint folder, with the keys every use needs, of the types they must have. Of mixed
+    precision, `quantization` holds the table of quant_cfg.json, if there is one.
 
     What TensorRT-LLM leaves out or adds is fine: unknown keys stay, and where it has a default for a missing key
     (tensorrt_llm/models/modeling_utils.py, PretrainedConfig) that is filled in. `mapping` holds world_size, tp_size and
@@ -77,8 +87,8 @@ def read_checkpoint_config(path: Path) -> dict[str, Any]:
     Raises:
         InputError: the file is missing or is not a checkpoint's; names the key.
     """
-    file = Path(path) / "config.json"
-    config = read_json(file, "a TRT-LLM checkpoint")
+    file = Path(path) / CONFIG
+    config = _with_layers(read_json(file, "a TRT-LLM checkpoint"), file.with_name(LAYERS_CONFIG))
     for key, default in _defaults(config).items():
         if config.get(key) is None:
             config[key] = default
@@ -98,6 +108,30 @@ def read_checkpoint_config(path: Path) -> dict[str, Any]:
     axis = config["embedding_sharding_dim"]
     _check(file, "embedding_sharding_dim", axis, type(axis) is int and axis in (0, 1), "0 or 1")
     return {**config, "mapping": _read_mapping(file, config["mapping"])}
+
+
+def config_files(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The files of a checkpoint that a config is written to, by name: what `read_checkpoint_config` reads."""
+    quantization = config.get("quantization") or {}
+    if "quantized_layers" not in quantization:
+        return {CONFIG: dict(config)}
+    plain = {key: value for key, value in quantization.items() if key != "quantized_layers"}
+    return {CONFIG: {**config, "quantization": plain}, LAYERS_CONFIG: dict(quantization)}
+
+
+def _with_layers(config: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The config with the table of quant_cfg.json, which TensorRT-LLM believes where the two differ
+    (tensorrt_llm/models/modeling_utils.py, to_layer_quant_config)."""
+    quantization = config.get("quantization")
+    if not isinstance(quantization, dict) or quantization.get("quant_algo") != MIXED_PRECISION:
+        return config
+    if not os.path.lexists(file):
+        return config
+    layers = read_json(file, "a TRT-LLM checkpoint")
+    table = layers.get("quantized_layers")
+    _check(file, "quantized_layers", "of another form", isinstance(table, dict), "formats by name of the linear")
+    decided = {key: layers[key] for key in ("kv_cache_quant_algo", "quantized_layers") if key in layers}
+    return {**config, "quantization": {**quantization, **decided}}
 
 
 def _defaults(config: dict[str, Any]) -> dict[str, Any]:
@@ -174,7 +208,7 @@ def is_checkpoint(path: Path) -> bool:
         files = list(Path(path).iterdir())
     except (InputError, OSError):
         return False
-    ours = re.compile(r"config\.json|conversion\.json|trtkit\.json|rank\d+\.safetensors")
+    ours = re.compile(r"config\.json|quant_cfg\.json|conversion\.json|accuracy\.json|trtkit\.json|rank\d+\.safetensors")
     return all(ours.fullmatch(file.name) and not file.is_dir() for file in files)
 
 

@@ -63,7 +63,6 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{file}: {names[0]} is a model of several modalities (its text model is nested in 'text_config')",
             "trtkit converts text models: use a text-only checkpoint of this family",
         )
-    _refuse_quantized(path, raw)
     for key in LAYER_COUNTS:
         if type(count := raw.get(key)) is int and count > MAX_LAYERS:
             raise InputError(
@@ -76,16 +75,31 @@ def read_config(path: Path) -> dict[str, Any]:
         raise InputError(f"{file}: {error.cause.removeprefix('config.json: ')}", error.fix) from error
 
 
-def _refuse_quantized(path: Path, raw: Mapping[str, Any]) -> None:
+def quantized_in(path: Path, config: Mapping[str, Any]) -> tuple[Path, str] | None:
+    """The file that says that the weights of a source are quantised already, and in brackets how if it says so there;
+    None where nothing does.
+
+    Args:
+        config: config.json as it stands in `path`, or normalised.
+    """
     for key in ("quantization_config", "compression_config"):
-        if (found := raw.get(key)) is not None:
+        if (found := config.get(key)) is not None:
             method = printable(found.get("quant_method", "unknown") if isinstance(found, dict) else found)
-            raise InputError(
-                f"{path / 'config.json'}: the weights are quantised already ({method})", "use the original model"
-            )
+            return path / "config.json", f" ({method})"
     for name in _QUANTIZED:
         if (path / name).exists():
-            raise InputError(f"{path / name}: the weights are quantised already", "use the original model")
+            return path / name, ""
+    return None
+
+
+def refuse_quantized(path: Path, config: Mapping[str, Any]) -> None:
+    """For what needs plain weights.
+
+    Raises:
+        InputError: those of the source are quantised already.
+    """
+    if found := quantized_in(path, config):
+        raise InputError(f"{found[0]}: the weights are quantised already{found[1]}", "use the original model")
 
 
 def normalize_config(raw: dict[str, Any]) -> dict[str, Any]:

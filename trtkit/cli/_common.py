@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -77,6 +77,24 @@ def progress(label: str, unit: str = "bytes") -> Iterator[Callable[[int, int], N
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def progress_steps() -> Iterator[Callable[[str, str, int, int], None]]:
+    """Progress of work in several steps, as a function `update(what, unit, done, total)`: a bar for each, one after the
+    other."""
+    with ExitStack() as stack:
+        current = ""
+        update: Callable[[int, int], None] = lambda done, total: None  # noqa: E731
+
+        def step(what: str, unit: str, done: int, total: int) -> None:
+            nonlocal current, update
+            if what != current:
+                stack.close()
+                current, update = what, stack.enter_context(progress(what, unit))
+            update(done, total)
+
+        yield step
 
 
 def open_source(source: str, revision: str | None = None) -> Source:

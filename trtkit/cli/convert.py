@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from trtkit.cli._common import dry_run_option, json_option, note, open_source, print_json, print_table, progress
+from trtkit.cli._quantization import asked_quantization, check_asked, convert_and_report, quantization_options
 
 if TYPE_CHECKING:
     from trtkit.convert.conversion import Conversion
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     type=click.Choice(["none", "vocab", "hidden"]),
     help="Axis along which TP splits the token embedding.",
 )
+@quantization_options
 @click.option("--revision", help="Commit, tag or branch of a hub id.")
 @click.option("--force", is_flag=True, help="Replace OUT if it is an earlier checkpoint.")
 @click.option("--no-checksum", is_flag=True, help="Leave out checksums, and the search for NaN and infinity.")
@@ -71,17 +73,19 @@ def command(
     list_families: bool,
     dry_run: bool,
     as_json: bool,
+    **quantize: Any,
 ) -> None:
     """Convert SOURCE (a folder, a hub id, s3://... or gs://...) to a TRT-LLM checkpoint in OUT.
 
-    Needs no GPU, no TensorRT-LLM and no torch. OUT appears whole or not at all; after an interruption the same command
-    goes on where it stopped.
+    Needs no GPU and no TensorRT-LLM, and without --quantization no torch. OUT appears whole or not at all; after an
+    interruption the same command goes on where it stopped.
 
     \b
     Example:
       trtkit convert examples/tiny-llama /tmp/checkpoint --tp 2 --dtype float16
       trtkit convert meta-llama/Llama-3.1-8B ./checkpoint --revision main --tp 2 --pp 2
       trtkit convert ./Mixtral-8x7B ./checkpoint --tp 4 --ep 2 --dry-run
+      trtkit convert ./Llama-3.1-8B ./int4 --quantization int4_awq --max-perplexity-increase 2%
     """
     if list_families:
         _print_families(as_json)
@@ -89,22 +93,30 @@ def command(
     if source is None or out is None:
         raise click.UsageError(f"Missing argument '{'SOURCE' if source is None else 'OUT'}'.")
     from trtkit.convert.conversion import Options, WriteRanks, check_target, convert, write_here
+    from trtkit.convert.quantization import Quantization
     from trtkit.convert.source import Layout, plan_conversion
 
     opened = open_source(source, revision)
-    layout = Layout(tp=tp, pp=pp, ep=ep, dtype=dtype, parallel_embedding=parallel_embedding)
+    asked = asked_quantization(**quantize)
+    check_asked(asked, opened.architecture, **quantize)
+    layout = Layout(tp=tp, pp=pp, ep=ep, dtype=dtype, parallel_embedding=parallel_embedding, quantization=asked)
     plan = plan_conversion(opened, layout)
     check_target(out, opened, replace=force)
     summary = _summary(plan, opened.nbytes, out)
     if dry_run:
         _print(summary, plan, as_json)
         return
+    options = Options(checksum=not no_checksum, saturate=saturate, sync=not no_sync)
+    if asked != Quantization():
+        if ray is not None:
+            raise click.UsageError("--ray spreads plain conversions only: leave out --quantization and --kv-cache")
+        convert_and_report(plan, opened, out, options, summary, replace=force, as_json=as_json, **quantize)
+        return
     write: WriteRanks = write_here
     if ray is not None:
         from trtkit.convert.cluster import over_ray
 
         write = over_ray(ray)
-    options = Options(checksum=not no_checksum, saturate=saturate, sync=not no_sync)
     started = time.monotonic()
     with progress(f"converting {opened.path.name} to {plan.config['dtype']}, {_layout(summary)}") as update:
         found = convert(plan, opened, out, options=options, replace=force, on_progress=update, write=write)
@@ -141,6 +153,7 @@ def _summary(plan: Plan, source_bytes: int, out: Path) -> dict[str, Any]:
         "tp": mapping["tp_size"],
         "pp": mapping["pp_size"],
         "ep": mapping.get("moe_ep_size", 1),
+        "quantization": {key: value for key, value in plan.config["quantization"].items() if value is not None},
         "source_tensors": len(plan.sources),
         "source_bytes": source_bytes,
         "rank_bytes": [plan.rank_bytes(rank) for rank in range(len(plan.ranks))],

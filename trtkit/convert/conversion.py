@@ -17,7 +17,7 @@ from typing import Any
 import blake3
 
 from trtkit import __version__
-from trtkit.checkpoint import MANIFEST, is_checkpoint, rank_file, read_manifest
+from trtkit.checkpoint import MANIFEST, config_files, is_checkpoint, rank_file, read_manifest
 from trtkit.convert.cast import CastReport
 from trtkit.convert.follow import FileRecord, NonFinite
 from trtkit.convert.plan import Plan
@@ -31,6 +31,8 @@ from trtkit.store import atomic_dir, atomic_write, check_output, digest
 PROGRESS = "progress.json"
 WORK = "quantized"
 """Folder of what quantisation has made so far, which a resumed run goes on with; removed in the end."""
+ACCURACY = "accuracy.json"
+"""What quantisation cost (see `trtkit.accuracy`)."""
 PROGRESS_BYTES = 256 << 20
 """How much may be written before the next note of how far the conversion came."""
 
@@ -78,6 +80,7 @@ def convert(
     replace: bool = False,
     on_progress: OnProgress = lambda done, total: None,
     write: WriteRanks | None = None,
+    on_written: Callable[[Path], None] = lambda folder: None,
 ) -> Conversion:
     """Writes the checkpoint folder, all or nothing.
 
@@ -87,6 +90,7 @@ def convert(
         replace: replace an earlier checkpoint. Any other folder stays as it is.
         on_progress: called with bytes (done, total) of the checkpoint.
         write: writes the missing ranks (default: `write_here`).
+        on_written: called with the finished folder before it is published as `out`.
 
     Raises:
         InputError: `out` may not be written to, or a value cannot be represented in the checkpoint's dtype (names the
@@ -97,6 +101,7 @@ def convert(
     check_target(out, source, replace=replace)
     with atomic_dir(out, replace=replace, resume=resume_key(plan, source, options)) as folder:
         result = write_checkpoint(plan, source, folder, options=options, on_progress=on_progress, write=write)
+        on_written(folder)
         check_target(out, source, replace=replace)  # somebody may have put something there meanwhile
     return result
 
@@ -321,20 +326,21 @@ def _finished(plan: Plan, source: Source, folder: Path, options: Options) -> Con
     """What an earlier call found, if it finished this very checkpoint here and was stopped before it was published."""
     try:
         manifest = read_manifest(folder)
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        expected = config_files(plan.config)
+        found = {name: json.loads((folder / name).read_text(encoding="utf-8")) for name in expected}
     except (TrtkitError, OSError, ValueError):
         return None
     if (
         manifest is None
-        or config != plan.config
+        or found != expected
         or manifest.get("source") != {"origin": source.origin, **source.identity()}
         or manifest.get("options") != _manifest_options(plan, options)
         or not all(_has_size(folder / name, record["bytes"]) for name, record in manifest["files"].items())
     ):
         return None
-    found = [NonFinite(each["tensor"], tuple(each["index"]), each["value"]) for each in manifest["non_finite"] or []]
+    wrong = [NonFinite(each["tensor"], tuple(each["index"]), each["value"]) for each in manifest["non_finite"] or []]
     (folder / PROGRESS).unlink(missing_ok=True)
-    return Conversion(CastReport(**manifest["report"]), found, sum(map(plan.rank_bytes, range(len(plan.ranks)))))
+    return Conversion(CastReport(**manifest["report"]), wrong, sum(map(plan.rank_bytes, range(len(plan.ranks)))))
 
 
 def _has_size(file: Path, size: int) -> bool:
@@ -353,11 +359,13 @@ def _clean(folder: Path) -> None:
 
 
 def _finish(plan: Plan, source: Source, folder: Path, options: Options, progress: Progress) -> None:
-    """Writes config.json and the manifest."""
-    config = (json.dumps(plan.config, indent=2) + "\n").encode()
-    atomic_write(folder / "config.json", config)
+    """Writes config.json, with mixed precision quant_cfg.json too, and the manifest."""
+    files: dict[str, FileRecord] = {}
+    for name, content in config_files(plan.config).items():
+        data = (json.dumps(content, indent=2) + "\n").encode()
+        atomic_write(folder / name, data)
+        files[name] = FileRecord(len(data), blake3.blake3(data).hexdigest() if options.checksum else None)
     shutil.rmtree(folder / WORK, ignore_errors=True)
-    files = {"config.json": FileRecord(len(config), blake3.blake3(config).hexdigest() if options.checksum else None)}
     files |= {rank_file(rank): progress.finished[rank] for rank in sorted(progress.finished)}
     manifest = {
         "producer": {"name": "trtkit", "version": __version__},

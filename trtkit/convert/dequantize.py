@@ -98,9 +98,15 @@ def _int4(form: Format, tensors: Tensors, dtype: np.dtype[Any]) -> Array:
 
 
 def _as_built(form: Format, weight: Array) -> Array:
-    """A plain weight after trtllm-build has quantised it: a scale per output channel, halves rounded away from zero.
+    codes, scale = built_codes(form, weight)
+    return codes * scale
 
-    Formula: cutlass_preprocessors.cpp, symmetric_quantize. The scale is stored in the weight's dtype.
+
+def built_codes(form: Format, weight: Array) -> tuple[Array, Array]:
+    """What trtllm-build makes of a plain weight (..., N, K): whole numbers, float32 (..., N, K), and a scale per output
+    channel, float32 (..., N, 1), as the weight's dtype holds it. Halves are rounded away from zero.
+
+    Formula: cutlass_preprocessors.cpp, symmetric_quantize.
     """
     levels = 128 if form.bits == 8 else 8
     wide = weight.astype(np.float32)
@@ -108,7 +114,7 @@ def _as_built(form: Format, weight: Array) -> Array:
     divisor = np.where(scale == 0, np.float32(1), scale)
     codes = wide / divisor
     codes = np.clip(np.trunc(codes + np.copysign(np.float32(0.5), codes)), -levels, levels - 1)
-    return codes * scale.astype(weight.dtype).astype(np.float32)
+    return codes, scale.astype(weight.dtype).astype(np.float32)
 
 
 def round_float8(values: Array) -> Array:

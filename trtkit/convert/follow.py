@@ -166,7 +166,7 @@ class _File:
             tensor, first = self._tensors[position], self._starts[position]
             low, high = max(first, start), min(self._ends[position], stop)
             position += 1
-            if tensor.dtype not in _INFINITY:
+            if tensor.dtype not in _INFINITY or tensor.packed:
                 continue  # quantised: no such numbers
             infinity, size = _INFINITY[tensor.dtype], DTYPES[tensor.dtype].itemsize
             bits = np.frombuffer(data, f"u{size}", (high - low) // size, low - start)

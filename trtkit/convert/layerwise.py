@@ -6,6 +6,8 @@ model's own code, so a family needs nothing here that transformers does not know
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -19,6 +21,9 @@ from trtkit.errors import LacksError
 Weights = Callable[[int], Iterable[tuple[str, Array]]]
 """Unit (0: before the layers, then one per layer, then one for what follows them) -> tensors under the names of the
 family's table."""
+
+
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class LayerwiseModel:
@@ -50,7 +55,8 @@ class LayerwiseModel:
         self.layers: int = config["num_hidden_layers"]
         self.path, self._list = _layer_list(self.model, self.layers)
         self._modules = list(self._list)
-        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._calls: list[_Call] = []
+        self._returns_tuple = False
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """What the first layer sees: (batch, length, hidden) of token ids (batch, length). Also notes what the model
@@ -59,10 +65,7 @@ class LayerwiseModel:
         recorders = [_Recorder(layer) for layer in self._modules]
         outside = self._outside()
         outside.to(self.device)
-        for returns_tuple in (False, True):
-            calls = self._record(recorders, tokens.to(self.device), returns_tuple)
-            if all(call[0][0].shape == calls[0][0][0].shape for call in calls):
-                break
+        calls = self._record(recorders, tokens.to(self.device))
         self._calls = [(args[1:], kwargs) for args, kwargs in calls]
         return calls[0][0][0]
 
@@ -72,6 +75,10 @@ class LayerwiseModel:
         places = parameter_places(module, self.architecture, f"{self.path}.{layer}.")
         self._fill(places, self.weights(layer + 1))
         return module.to(self.device)
+
+    def module(self, layer: int) -> Any:
+        """A decoder layer, loaded or not."""
+        return self._modules[layer]
 
     def unload(self, layer: int) -> None:
         """Gives the memory of a layer back. It cannot be loaded again."""
@@ -95,11 +102,11 @@ class LayerwiseModel:
         self._outside().to(self.device)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (batch, length, vocabulary), float32, of the last layer's output, after `start_logits`."""
-        self._swap([_Feed(layer, hidden) for layer in self._modules])
+        """Logits (batch, length, vocabulary), float32, of the last layer's output, after `embed` and `start_logits`."""
+        self._swap([_Feed(layer, (hidden,) if self._returns_tuple else hidden) for layer in self._modules])
         try:
             tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
-            return self.model(input_ids=tokens, use_cache=False).logits.float()  # type: ignore[no-any-return]
+            return self.model(input_ids=tokens, use_cache=False).logits.float()
         finally:
             self._swap(self._modules)
 
@@ -118,23 +125,30 @@ class LayerwiseModel:
         return parameter_places(self._modules[layer], self.architecture, f"{self.path}.{layer}.")
 
     def _table_name(self, name: str) -> str:
-        import re
-
         for pattern, replacement in self.architecture.renames:
             name = re.sub(pattern, replacement, name)
         return name
 
-    def _record(
-        self, recorders: list[_Recorder], tokens: torch.Tensor, returns_tuple: bool
-    ) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-        for recorder in recorders:
-            recorder.returns_tuple, recorder.call = returns_tuple, None
+    def _record(self, recorders: list[_Recorder], tokens: torch.Tensor) -> list[_Call]:
+        """How the model calls its layers. Whether these return hidden states or a tuple with them differs between
+        families, and is known by what the next one is then given."""
         self._swap(recorders)
         try:
+            for recorder in recorders:
+                recorder.returns_tuple = False
+            # A tensor where a tuple is taken apart loses an axis each time.
+            with contextlib.suppress(IndexError, RuntimeError):
+                self._base()(input_ids=tokens, use_cache=False)
+                calls = [recorder.call for recorder in recorders]
+                if all(args[0].shape == calls[0][0][0].shape for args, _ in calls):
+                    return calls
+            self._returns_tuple = True
+            for recorder in recorders:
+                recorder.returns_tuple = True
             self._base()(input_ids=tokens, use_cache=False)
+            return [recorder.call for recorder in recorders]
         finally:
             self._swap(self._modules)
-        return [recorder.call for recorder in recorders if recorder.call is not None]
 
     def _base(self) -> Any:
         return self.model.base_model
@@ -170,13 +184,13 @@ class LayerwiseModel:
             self._list._modules[str(index)] = module
 
 
-class _Recorder(torch.nn.Module):
+class _Recorder(torch.nn.Module):  # type: ignore[misc]
     """Stands where a layer would be, notes how it is called and passes the hidden states on."""
 
     def __init__(self, layer: torch.nn.Module) -> None:
         super().__init__()
         self.__dict__["_layer"] = layer
-        self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.call: _Call = ((), {})
         self.returns_tuple = False
 
     def __getattr__(self, name: str) -> Any:  # models ask their layers for things such as `attention_type`
@@ -187,19 +201,19 @@ class _Recorder(torch.nn.Module):
         return (args[0],) if self.returns_tuple else args[0]
 
 
-class _Feed(torch.nn.Module):
-    """Stands where a layer would be and returns given hidden states."""
+class _Feed(torch.nn.Module):  # type: ignore[misc]
+    """Stands where a layer would be and returns what it is given."""
 
-    def __init__(self, layer: torch.nn.Module, hidden: torch.Tensor) -> None:
+    def __init__(self, layer: torch.nn.Module, output: Any) -> None:
         super().__init__()
         self.__dict__["_layer"] = layer
-        self.__dict__["_hidden"] = hidden
+        self.__dict__["_output"] = output
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_layer"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._hidden
+        return self._output
 
 
 def _layer_list(model: Any, layers: int) -> tuple[str, torch.nn.ModuleList]:

@@ -41,6 +41,7 @@ class Field:
         axes: what they are along.
         per_expert: a linear of experts has one of it per expert, stacked along a new first axis.
         per_rank: it cannot be split, so it is made for each TP rank from that rank's part of the linear.
+        packed: its elements are bits in the guise of numbers.
     """
 
     suffix: str
@@ -48,6 +49,7 @@ class Field:
     axes: tuple[Axis, ...]
     per_expert: bool = True
     per_rank: bool = False
+    packed: bool = False
 
     def source(self, linear: str, tp_rank: int) -> str:
         """The name of the tensor that quantisation makes for it (see the module's first lines)."""
@@ -129,7 +131,13 @@ def fields(form: Format, quantization: Quantization, kind: str) -> Sequence[Fiel
             *((prequant,) if quantization.pre_quant_scale else ()),
             *((zero,) if quantization.zero_point else ()),
         ),
-        "w4a8_awq": (packed, grouped, prequant, inputs, Field("weights_scaling_factor_2", "F32", (ONE,))),
+        "w4a8_awq": (
+            packed,
+            grouped,
+            prequant,
+            inputs,
+            Field("weights_scaling_factor_2", "F32", (ONE,), per_expert=False),
+        ),
         "int8_sq": (
             Field("weight", "I8", (OUT, IN)),
             Field("weights_scaling_factor", "F32", (OUT,)),
@@ -145,7 +153,7 @@ def fields(form: Format, quantization: Quantization, kind: str) -> Sequence[Fiel
         "fp8_rowwise": (Field("weight", "F8_E4M3", (OUT, IN)), Field("per_channel_scale", "F32", (OUT,))),
         # Bytes in the order of one GPU's kernel, seen as numbers of the model's dtype.
         "int4_gptq": (
-            Field("weight", "model", (IN, Axis("out", 4)), per_rank=True),
+            Field("weight", "model", (IN, Axis("out", 4)), per_rank=True, packed=True),
             Field("weights_scaling_factor", "model", (Axis("in", group), OUT), per_rank=True),
             zero,
         ),

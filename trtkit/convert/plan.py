@@ -62,6 +62,7 @@ class PlannedTensor:
     Attributes:
         dtype: safetensors' spelling.
         unit: place in the order of execution: 0 before the layers, then one per layer, then one for what follows them.
+        packed: its elements are bits in the guise of numbers, so that none of them is a NaN.
     """
 
     name: str
@@ -69,6 +70,7 @@ class PlannedTensor:
     shape: tuple[int, ...]
     unit: int
     locate: Callable[[], tuple[Piece, ...]] = field(repr=False, compare=False)
+    packed: bool = False
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -244,6 +246,7 @@ class _Planner:
                 shape=self._field_shape(weight, each, tp_rank),
                 unit=layer + 1,
                 locate=partial(self._field_pieces, weight, each, owner, tp_rank),
+                packed=each.packed,
             )
         for name, dtype, shape in made.whole:
             yield PlannedTensor(

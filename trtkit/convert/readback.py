@@ -18,6 +18,7 @@ from trtkit.convert.dequantize import InputRounding, dequantize, input_rounding
 from trtkit.convert.linears import Linear, fields, linears
 from trtkit.convert.plan import CHECKPOINT_DTYPES, Placement, checkpoint_quantization, plan_checkpoint
 from trtkit.convert.quantization import Format
+from trtkit.convert.ranks import generation, join_gptq, weights_by_rank
 from trtkit.convert.verify import check_layout
 from trtkit.convert.whole import gather, scatter, whole_tensors
 from trtkit.errors import InputError, LacksError, missing_extra
@@ -37,6 +38,7 @@ class CheckpointReader:
 
     Raises:
         CheckFailedError: a checkpoint tensor is missing or misshapen, or its padding is not zero.
+        InputError: its weights are laid out for a GPU, and it does not say for which.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -49,6 +51,9 @@ class CheckpointReader:
         self._linears: dict[int, list[Linear]] = {}
         for linear in linears(checkpoint.config) if self.quantization.format else ():
             self._linears.setdefault(linear.layer + 1, []).append(linear)
+        per_rank = "int4_gptq" in self.quantization.formats
+        self._by_rank = weights_by_rank(checkpoint.config) if per_rank else {}
+        self._sm = generation(checkpoint.config) if per_rank else 0
         self._reader = Reader()
 
     def __enter__(self) -> CheckpointReader:
@@ -78,6 +83,9 @@ class CheckpointReader:
             if form is not None and form.weight_only:
                 plain = gather(whole, kept.__getitem__).astype(self._dtype)
                 yield from scatter(whole, dequantize(form, {"weight": plain}, self._dtype), self.shapes)
+            elif form is not None and form.name == "int4_gptq":
+                ranks = self._by_rank[f"{linear.name}.weight"]
+                yield from join_gptq(linear.name, ranks, kept, self.shapes, self._sm).items()
             elif form is not None:
                 yield from scatter(
                     whole, dequantize(form, self._tensors_of(linear, form, kept), self._dtype), self.shapes
@@ -280,11 +288,11 @@ def round_linears(
     """Lets modules of a model round their inputs.
 
     Args:
-        roundings: by the name of the weight in the family's table. Those of experts are left out: their module has the
-            inputs of all of them at once.
+        roundings: by the name of the weight in the family's table.
         prefix: what the names of a part of a model begin with.
     """
-    from trtkit.convert.simulate import round_inputs
+    from trtkit.convert.experts import holds_experts
+    from trtkit.convert.simulate import round_expert_inputs, round_inputs
 
     for name, module in model.named_modules():
         weight = f"{prefix}{name}.weight"
@@ -292,6 +300,11 @@ def round_linears(
             weight = re.sub(pattern, replacement, weight)
         if weight in roundings:
             round_inputs(module, roundings[weight])
+        if holds_experts(module):
+            names = {which: f"{prefix}{name}.{which}_proj" for which in ("gate_up", "down")}
+            first = {which: next(_places(full, np.zeros((1, 2)), architecture))[0] for which, full in names.items()}
+            if first["gate_up"] in roundings:
+                round_expert_inputs(module, roundings[first["gate_up"]], roundings[first["down"]])
 
 
 def _places(name: str, values: Array, architecture: Architecture) -> Iterator[tuple[str, Array]]:

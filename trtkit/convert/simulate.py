@@ -8,24 +8,31 @@ from typing import Any
 import torch
 
 from trtkit.convert.dequantize import InputRounding
+from trtkit.convert.experts import visit_experts
 from trtkit.convert.number_formats import FLOAT8_MAX
 
 
 def round_inputs(linear: torch.nn.Module, rounding: InputRounding) -> None:
     """From now on the module sees its inputs as the quantised kernel would, in their own dtype."""
-    scale = None if rounding.prequant is None else torch.from_numpy(rounding.prequant.copy())
 
     def hook(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        values = args[0].float()
-        factors = None if scale is None else scale.to(values.device)
-        if factors is not None:
-            values = values * factors
-        values = _round(values, rounding.kind, rounding.scale)
-        if factors is not None:
-            values = values / factors
-        return (values.to(args[0].dtype), *args[1:])
+        return (_rounded(args[0], rounding), *args[1:])
 
     linear.register_forward_pre_hook(hook)
+
+
+def round_expert_inputs(experts: Any, first: InputRounding, second: InputRounding) -> None:
+    """The same for a module with experts: the inputs of their first and of their second linears."""
+    roundings = {"fc": first, "proj": second}
+    visit_experts(experts, lambda kind, values: _rounded(values, roundings[kind]))
+
+
+def _rounded(inputs: torch.Tensor, rounding: InputRounding) -> torch.Tensor:
+    values = inputs.float()
+    if rounding.prequant is None:
+        return _round(values, rounding.kind, rounding.scale).to(inputs.dtype)
+    factors = torch.from_numpy(rounding.prequant.copy()).to(values.device)
+    return (_round(values * factors, rounding.kind, rounding.scale) / factors).to(inputs.dtype)
 
 
 def _round(values: torch.Tensor, kind: str, scale: float | None) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from trtkit.convert.plan import Plan, plan_checkpoint
 from trtkit.convert.quantization import Quantization, layers_config, quantization_config
 from trtkit.errors import InputError
 from trtkit.hf import Source
+from trtkit.hf_config import refuse_quantized
 from trtkit.safetensors_io import TensorEntry
 
 if TYPE_CHECKING:
@@ -42,12 +44,31 @@ class Layout:
     quantization: Quantization = field(default_factory=Quantization)
 
 
-def plan_conversion(source: Source, options: CheckpointConfig | Layout) -> Plan:
+@dataclass(frozen=True)
+class Packed:
+    """What a source that is quantised already holds in place of plain weights, under the names of its family's table.
+
+    Attributes:
+        weights: the plain weights that are not there, since somebody makes tensors of what is.
+        tensors: what is there for them.
+    """
+
+    weights: Collection[str]
+    tensors: Collection[str]
+
+
+def plan_conversion(source: Source, options: CheckpointConfig | Layout, *, packed: Packed | None = None) -> Plan:
     """The plan for a source, after checking that the source holds exactly what the plan reads.
 
+    Args:
+        packed: of a source that is quantised already.
+
     Raises:
-        InputError: sizes that the layout does not divide; missing, surplus or misshapen tensors.
+        InputError: sizes that the layout does not divide; missing, surplus or misshapen tensors; a source that is
+            quantised already, and nobody says what to make of it.
     """
+    if packed is None:
+        refuse_quantized(source.path, source.config)
     architecture = architectures.get(source.architecture)
     config = checkpoint_config(source, options)
     layers = config["num_hidden_layers"]
@@ -57,7 +78,7 @@ def plan_conversion(source: Source, options: CheckpointConfig | Layout) -> Plan:
             "config.json and the weights do not belong together",
         )
     plan = plan_checkpoint({**config, "quantization": {}})
-    _check(plan, source, architecture)
+    _check(plan, source, architecture, packed or Packed((), ()))
     quantization = asked_quantization(options)
     if quantization == Quantization():
         return plan_checkpoint(config)
@@ -137,9 +158,7 @@ def source_tensors(source: Source) -> dict[str, TensorEntry]:
     architecture = architectures.get(source.architecture)
     tensors: dict[str, TensorEntry] = {}
     for given, entry in source.tensors.items():
-        name = given
-        for rename in architecture.renames:
-            name = re.sub(*rename, name)
+        name = table_name(architecture, given)
         for unstacked, part in _unstack(name, entry, architecture.stacked):
             if unstacked in tensors:
                 raise InputError(
@@ -148,6 +167,13 @@ def source_tensors(source: Source) -> dict[str, TensorEntry]:
                 )
             tensors[unstacked] = part
     return tensors
+
+
+def table_name(architecture: Architecture, name: str) -> str:
+    """A source tensor's name in the spelling of its family's table."""
+    for rename in architecture.renames:
+        name = re.sub(*rename, name)
+    return name
 
 
 def _unstack(name: str, entry: TensorEntry, layouts: tuple[Stacked, ...]) -> list[tuple[str, TensorEntry]]:
@@ -170,10 +196,12 @@ def _unstack(name: str, entry: TensorEntry, layouts: tuple[Stacked, ...]) -> lis
     return [(name, entry)]
 
 
-def _check(plan: Plan, source: Source, architecture: Architecture) -> None:
+def _check(plan: Plan, source: Source, architecture: Architecture, packed: Packed) -> None:
     mixed = "config.json and the weights do not belong together"
     tensors = source_tensors(source)
     for name, shape in plan.sources.items():
+        if name in packed.weights:
+            continue
         entry = tensors.get(name)
         if entry is None:
             raise InputError(f"{source.path}: tensor '{name}' is missing", mixed)
@@ -190,7 +218,9 @@ def _check(plan: Plan, source: Source, architecture: Architecture) -> None:
     tied = plan.config.get("tie_word_embeddings")
     ignored = (*architecture.ignored, *([r"lm_head\.weight"] if tied else []))
     for name, entry in tensors.items():
-        if name not in plan.sources and not any(re.fullmatch(pattern, name) for pattern in ignored):
+        if name in plan.sources or name in packed.tensors:
+            continue
+        if not any(re.fullmatch(pattern, name) for pattern in ignored):
             raise InputError(
                 f"{entry.path}: tensor '{name}' has no place in {source.architecture}",
                 f"{mixed} (a bias the config denies? an adapter?)",

@@ -12,6 +12,9 @@ import numpy as np
 
 from trtkit.convert.cast import Array
 from trtkit.convert.plan import PlannedTensor, plan_checkpoint
+from trtkit.convert.source import source_tensors
+from trtkit.hf import Source
+from trtkit.safetensors_io import Reader
 
 
 def whole_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,6 +30,40 @@ def whole_tensors(config: Mapping[str, Any]) -> tuple[dict[str, PlannedTensor], 
     """The tensors of the whole model by name, and the shapes of the source's tensors that they are made of."""
     plan = plan_checkpoint(whole_config(config))
     return {tensor.name: tensor for tensor in plan.ranks[0]}, plan.sources
+
+
+class SourceReader:
+    """The tensors of a source under the names of its family's table, one unit of the model at a time (see
+    `trtkit.convert.plan.PlannedTensor.unit`). Use as a context manager.
+
+    Attributes:
+        whole: the tensors of the whole model by name.
+        shapes: of the source's tensors.
+    """
+
+    def __init__(self, source: Source, config: Mapping[str, Any]) -> None:
+        self.whole, self.shapes = whole_tensors(config)
+        self._tensors = source_tensors(source)
+        self._reader = Reader()
+        self._units: dict[int, dict[str, None]] = {}
+        for tensor in self.whole.values():
+            for piece in tensor.pieces:
+                self._units.setdefault(tensor.unit, {})[piece.source] = None
+
+    def __enter__(self) -> SourceReader:
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self._reader.__exit__(*details)
+
+    def read(self, name: str) -> Array:
+        """One tensor, in the source's dtype."""
+        return self._reader.tensor(self._tensors[name])
+
+    def tensors(self, unit: int) -> Iterator[tuple[str, Array]]:
+        """All tensors of a unit, one after the other."""
+        for name in self._units.get(unit, ()):
+            yield name, self.read(name)
 
 
 def gather(tensor: PlannedTensor, read: Callable[[str], Array]) -> Array:

@@ -125,14 +125,14 @@ def _fit_scaled(
     scaled = target * factors
     own = gram / factors[:, None] / factors
     scales = clipped_scales(scaled, own, group, dtype)
-    codes = compensated_codes(scaled, own, scales) if compensate else _codes(scaled, scales)
+    codes = compensated_codes(scaled, own, scales) if compensate else nearest_codes(scaled, scales)
     return Fitted(codes.to(torch.int8), scales, factors)
 
 
 def _nearest(weight: torch.Tensor, factors: torch.Tensor, group: int, dtype: torch.dtype) -> Fitted:
     scaled = weight * factors
     scales = _largest_scales(scaled, group).to(dtype).float()
-    return Fitted(_codes(scaled, scales).to(torch.int8), scales, factors)
+    return Fitted(nearest_codes(scaled, scales).to(torch.int8), scales, factors)
 
 
 def _largest_scales(weight: torch.Tensor, group: int) -> torch.Tensor:
@@ -140,7 +140,8 @@ def _largest_scales(weight: torch.Tensor, group: int) -> torch.Tensor:
     return torch.where(scales == 0, torch.ones_like(scales), scales)
 
 
-def _codes(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+def nearest_codes(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Codes, in the dtype of the weight (N, K), of scales (N, K / group): each value to its nearest."""
     grouped = weight.view(*scales.shape, -1) / scales[:, :, None]
     return grouped.round_().clamp_(INT4_MIN, INT4_MAX).view_as(weight)
 
@@ -157,7 +158,7 @@ def clipped_scales(weight: torch.Tensor, gram: torch.Tensor, group: int, dtype: 
     best, least = largest.to(dtype).float(), torch.full_like(largest, float("inf"))
     for clip in CLIPS:
         scales = (largest * clip).to(dtype).float()
-        change = (_spread(_codes(weight, scales), scales) - weight).view(-1, count, group).transpose(0, 1)
+        change = (_spread(nearest_codes(weight, scales), scales) - weight).view(-1, count, group).transpose(0, 1)
         error = torch.bmm(change, blocks).mul_(change).sum(2).T
         better = error < least
         least = torch.where(better, error, least)

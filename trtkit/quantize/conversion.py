@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trtkit.convert.conversion import WORK, Options, Progress, WriteRanks, write_here
+from trtkit.convert.conversion import ACCURACY, WORK, Options, Progress, WriteRanks, write_here
 from trtkit.convert.plan import Plan
 from trtkit.convert.quantization import Quantization, get
 from trtkit.hf import Source
 from trtkit.quantize.calibration import Calibration
 from trtkit.quantize.fit import Effort
-from trtkit.quantize.pipeline import LinearQuality, Quantizer, layer_entries, qualities
+from trtkit.quantize.layer_files import layer_entries
+from trtkit.quantize.pipeline import Quantizer, qualities
+from trtkit.store import atomic_write
 
 
 def needs_calibration(quantization: Quantization) -> bool:
@@ -26,7 +30,6 @@ def quantizing(
     effort: Effort | None = None,
     device: str = "cpu",
     on_layer: Callable[[int, int], None] = lambda done, total: None,
-    on_quality: Callable[[list[LinearQuality]], None] = lambda found: None,
 ) -> WriteRanks:
     """For `trtkit.convert.conversion.convert`: quantises layer by layer, then writes the ranks.
 
@@ -34,7 +37,6 @@ def quantizing(
         calibration: see `trtkit.quantize.calibration.load_tokens`.
         device: where layers run: `cpu`, `cuda`, `cuda:1`.
         on_layer: called with decoder layers (done, total).
-        on_quality: called once, with how well every linear came out.
     """
 
     def write(
@@ -43,7 +45,8 @@ def quantizing(
         work = folder / WORK
         quantizer = Quantizer(plan.config, source, calibration.tokens, work, effort=effort, device=device)
         quantizer.run(on_layer)
-        on_quality(qualities(work, plan.config["num_hidden_layers"]))
+        found = [asdict(each) for each in qualities(work, plan.config["num_hidden_layers"])]
+        atomic_write(folder / ACCURACY, json.dumps({"linears": found}, indent=2) + "\n")
         write_here(plan, source, folder, options, progress, advance, made=layer_entries(work))
 
     return write

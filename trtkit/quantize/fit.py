@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,21 +51,45 @@ def quantize_linears(
     that fuses them wants one.
 
     Args:
-        weights: (N, K) float32, of each linear.
+        weights: (N, K) or (experts, N, K) float32, of each linear.
         dtype: that of the model.
 
     Returns:
         Suffix -> tensor, for each linear.
     """
-    joined = torch.cat(list(weights))
+    joined = torch.cat([weight.reshape(-1, weight.shape[-1]) for weight in weights])  # experts: all rows together
     if form.name in ("int4_awq", "w4a8_awq"):
         made = _int4(form, group or 128, joined, statistics, dtype, effort)
     elif form.name in ("int8_sq", "int8_sq_plugin"):
         made = _int8(form, linears[0].kind, joined, statistics, dtype)
     else:
-        made = _float8(form, joined, statistics)
+        made = _float8(form, joined, statistics, linears[0].experts)
+    if linears[0].experts:
+        return [_by_expert(made, linears[0].experts)]
     sizes = [linear.rows for linear in linears]
     return [_rows(form, made, start, size) for start, size in zip(np.cumsum([0, *sizes]), sizes, strict=False)]
+
+
+def with_scales(form: Format, weight: torch.Tensor, scales: Mapping[str, Array]) -> dict[str, Array]:
+    """The tensors of a linear whose scales are known, each value rounded to its nearest.
+
+    Args:
+        weight: (N, K) float32.
+        scales: all tensors of the linear but its weight, by suffix, float32.
+
+    Returns:
+        Suffix -> tensor, as of `quantize_linears`.
+    """
+    factors = scales.get("prequant_scaling_factor")
+    scaled = weight if factors is None else weight / torch.from_numpy(factors)
+    steps = torch.from_numpy(scales["weights_scaling_factor"])
+    if form.bits == 4:
+        codes = pack_int4(awq.nearest_codes(scaled, steps).to(torch.int8).numpy())
+    elif form.name == "int8_sq":
+        codes = smoothquant.row_codes(scaled, steps).numpy()
+    else:
+        codes = _to_float8(scaled / steps)
+    return {"weight": codes, **scales}
 
 
 def _int4(
@@ -81,7 +105,7 @@ def _int4(
         factors=effort.factors,
         compensate=effort.compensate,
     )
-    prequant = 1 / fitted.factors
+    prequant = _prequant(fitted.factors, dtype)
     made = {
         "weight": pack_int4(fitted.codes.cpu().numpy()),
         "weights_scaling_factor": fitted.scales.cpu().numpy(),
@@ -102,7 +126,7 @@ def _int8(
     made = {"weight": smoothquant.row_codes(weight * factors, scales).cpu().numpy()}
     if not plugin:
         made["weights_scaling_factor"] = scales.cpu().numpy()
-        made["prequant_scaling_factor"] = (1 / factors).cpu().numpy()
+        made["prequant_scaling_factor"] = _prequant(factors, dtype).cpu().numpy()
         made["activation_scaling_factor"] = _scale(statistics.largest / factors, smoothquant.LEVELS)
         return made
     made["per_channel_scale"] = scales.cpu().numpy()
@@ -111,16 +135,25 @@ def _int8(
     return made
 
 
-def _float8(form: Format, weight: torch.Tensor, statistics: InputStatistics) -> dict[str, Array]:
+def _float8(form: Format, weight: torch.Tensor, statistics: InputStatistics, experts: int) -> dict[str, Array]:
     if form.name == "fp8_rowwise":
         scales = (weight.abs().amax(1) / FLOAT8_MAX).clamp_min(FLOAT8_FLOOR)
         return {"weight": _to_float8(weight / scales[:, None]), "per_channel_scale": scales.cpu().numpy()}
-    scale = _scale(weight, FLOAT8_MAX)
+    # A scale per expert, or one for all linears that a kernel fuses.
+    parts = weight.chunk(experts) if experts else [weight]
+    scales = [_scale(part, FLOAT8_MAX) for part in parts]
     return {
-        "weight": _to_float8(weight / float(scale[0])),
-        "weights_scaling_factor": scale,
+        "weight": np.concatenate(
+            [_to_float8(part / float(scale[0])) for part, scale in zip(parts, scales, strict=True)]
+        ),
+        "weights_scaling_factor": np.concatenate(scales),
         "activation_scaling_factor": _scale(statistics.largest, FLOAT8_MAX),
     }
+
+
+def _prequant(factors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The inverse of factors as the file will hold it (they were chosen so that it can), float32."""
+    return (1 / factors).to(dtype).float()
 
 
 def _to_float8(values: torch.Tensor) -> Array:
@@ -134,6 +167,15 @@ def _scale(values: torch.Tensor, largest: float) -> Array:
     """What the largest magnitude is divided by to become `largest`: float32 (1,); 1 where all is zero."""
     found = float(values.abs().max())
     return np.array([found / largest if found > 0 else 1.0], np.float32)
+
+
+def _by_expert(made: dict[str, Array], experts: int) -> dict[str, Array]:
+    """Tensors of all experts' rows, stacked by expert."""
+    shared = ("prequant_scaling_factor", "activation_scaling_factor", "weights_scaling_factor_2")
+    return {
+        suffix: values if suffix in shared else values.reshape(experts, len(values) // experts, *values.shape[1:])
+        for suffix, values in made.items()
+    }
 
 
 def _rows(form: Format, made: dict[str, Array], start: int, size: int) -> dict[str, Array]:

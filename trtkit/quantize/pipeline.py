@@ -7,7 +7,6 @@ first layer that has no file.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,22 +17,22 @@ import torch
 
 from trtkit.convert.cast import Array
 from trtkit.convert.dequantize import dequantize, input_rounding
+from trtkit.convert.experts import experts_of, visit_experts
+from trtkit.convert.hidden import HiddenStates
 from trtkit.convert.layerwise import LayerwiseModel, batches
 from trtkit.convert.linears import SCALED_NORMS, Linear, linears
 from trtkit.convert.plan import CHECKPOINT_DTYPES, PlannedTensor, checkpoint_quantization
 from trtkit.convert.quantization import Format, Quantization
 from trtkit.convert.readback import round_linears
 from trtkit.convert.simulate import CacheStatistics
-from trtkit.convert.source import source_tensors
-from trtkit.convert.whole import gather, scatter, whole_tensors
+from trtkit.convert.whole import SourceReader, gather, scatter
 from trtkit.errors import InputError
 from trtkit.hf import Source
 from trtkit.quantize.awq import output_error
 from trtkit.quantize.fit import Effort, needs_gram, quantize_linears
-from trtkit.quantize.hidden import HiddenStates
+from trtkit.quantize.layer_files import layer_file, read_notes, write_layer
 from trtkit.quantize.statistics import InputStatistics
-from trtkit.safetensors_io import DTYPES, Reader, TensorEntry, TensorSpec, Writer, read_header
-from trtkit.store import atomic_write
+from trtkit.safetensors_io import DTYPES, Reader, TensorEntry, read_header
 
 BATCH_TOKENS = 2048
 """Tokens that run through a layer at once."""
@@ -100,14 +99,12 @@ class Quantizer:
         self.effort = effort or Effort()
         self.device = torch.device(device)
         self.quantization: Quantization = checkpoint_quantization(config)
-        self.whole, self.shapes = whole_tensors(config)
+        self.source = SourceReader(source, config)
+        self.whole, self.shapes = self.source.whole, self.source.shapes
         self.dtype = _TORCH[config["dtype"]]
         self._numpy_dtype = DTYPES[CHECKPOINT_DTYPES[config["dtype"]]]
-        self._tensors = source_tensors(source)
-        self._reader = Reader()
-        self._sources = _sources_by_unit(self.whole)
         self.model = LayerwiseModel(
-            config, self._read_unit, dtype=compute_dtype(self.dtype, self.device), device=device
+            config, self.source.tensors, dtype=compute_dtype(self.dtype, self.device), device=device
         )
         self._linears = [
             linear
@@ -185,7 +182,7 @@ class Quantizer:
             roundings = self._restore(job, read_header(file))
         else:
             roundings = self._quantize(job, module, cache)
-            self._save(job, file)
+            self._save(job)
         if self._corrects and not last:
             round_linears(module, self.model.architecture, roundings, f"{self.model.path}.{layer}.")
             self._propagate(layer)
@@ -196,18 +193,19 @@ class Quantizer:
     def _collect(self, job: LayerJob, cache: CacheStatistics, *, keep: bool, last: bool) -> None:
         """Runs both streams through the unquantised layer, counts inputs, and writes the exact stream's outcome."""
         modules = self.model.linears(job.layer)
-        hooked = (
-            {linear.name: modules[self.whole[f"{linear.name}.weight"].pieces[0].source] for linear in job.linears}
-            if keep
-            else {}
-        )
+        hooked = {
+            linear.name: modules[self.whole[f"{linear.name}.weight"].pieces[0].source]
+            for linear in job.linears
+            if keep and not linear.experts
+        }
+        experts = {linear.kind.rpartition(".")[2]: linear.name for linear in job.linears if keep and linear.experts}
         exact, rounded, after = (
             self._states("exact", job.layer), self._states("rounded", job.layer), self._states("exact", job.layer + 1)
         )  # fmt: skip
         apart = self._corrects and job.layer > 0
         changes = {"past_key_values": cache, "layer_past": cache} if keep and self.quantization.kv_cache else {}
         for where in self._batches():
-            with _Inputs(hooked) as seen:
+            with _Inputs(hooked, experts, self.model.module(job.layer)) as seen:
                 hidden = exact.read(where, self.device)
                 output = self.model.run(job.layer, hidden, **({} if apart else changes))
             if not torch.isfinite(output).all():
@@ -218,7 +216,7 @@ class Quantizer:
             if not last:
                 after.write(where, output)
             if apart:
-                with _Inputs(hooked) as now:
+                with _Inputs(hooked, experts, self.model.module(job.layer)) as now:
                     self.model.run(job.layer, rounded.read(where, self.device), **changes)
                 self._count(job, now.found, seen.found)
             else:
@@ -243,7 +241,8 @@ class Quantizer:
                 known = InputStatistics(values.shape[-1], gram=gram, device=self.device)
                 job.statistics[linear.name] = known
             shared[id(values)] = known
-            known.add(values, None if exact is None else exact[linear.name])
+            # Which tokens an expert gets can differ between the streams, so there is nothing to correct by.
+            known.add(values, None if exact is None or linear.experts else exact[linear.name])
 
     def _quantize(self, job: LayerJob, module: torch.nn.Module, cache: CacheStatistics) -> dict[str, Any]:
         """Fits the linears of a layer and puts what came out into the module; how their inputs are rounded."""
@@ -252,7 +251,7 @@ class Quantizer:
         for group in _groups(job.linears, job.forms):
             form = job.forms[group[0].name]
             wholes = [self.whole[f"{linear.name}.weight"] for linear in group]
-            weights = [gather(whole, self._read) for whole in wholes]
+            weights = [gather(whole, self.source.read) for whole in wholes]
             statistics = job.statistics[group[0].name]
             made = quantize_linears(
                 form, self.quantization.group_size, group,
@@ -294,7 +293,7 @@ class Quantizer:
             for part in ("weight", "bias"):
                 name = f"transformer.layers.{job.layer}.{norm}.{part}"
                 if name in self.whole:
-                    job.tensors[name] = gather(self.whole[name], self._read) / factors
+                    job.tensors[name] = gather(self.whole[name], self.source.read) / factors
             job.tensors[f"transformer.layers.{job.layer}.{norm}.scale_to_int"] = np.ones(1, np.float32)
 
     def _restore(self, job: LayerJob, entries: Mapping[str, TensorEntry]) -> dict[str, Any]:
@@ -303,11 +302,12 @@ class Quantizer:
         roundings: dict[str, Any] = {}
         for linear in job.linears:
             own = f"{linear.name}."
-            tensors = {
-                name.removeprefix(own): self._reader.tensor(entry)
-                for name, entry in entries.items()
-                if name.startswith(own)
-            }
+            with Reader() as reader:
+                tensors = {
+                    name.removeprefix(own): reader.tensor(entry)
+                    for name, entry in entries.items()
+                    if name.startswith(own)
+                }
             tensors.pop("kv_cache_scaling_factor", None)
             whole, form = self.whole[f"{own}weight"], job.forms[linear.name]
             roundings |= self._put(job, linear, whole, form, tensors, places)[0]
@@ -319,74 +319,54 @@ class Quantizer:
             after.write(where, self.model.run(layer, before.read(where, self.device)))
         after.finish()
 
-    def _save(self, job: LayerJob, file: Path) -> None:
-        specs, arrays = [], []
+    def _save(self, job: LayerJob) -> None:
+        arrays = {}
         for name, values in job.tensors.items():
             in_model_dtype = name.endswith((".prequant_scaling_factor", ".scale_to_int", "norm.weight", "norm.bias"))
-            array = values.astype(self._numpy_dtype) if in_model_dtype else values
-            specs.append(TensorSpec(name, array.dtype, array.shape))
-            arrays.append(array)
-        partial = file.with_name(f".{file.name}")
-        partial.unlink(missing_ok=True)
-        writer = Writer(partial, specs)
-        try:
-            for spec, array in zip(specs, arrays, strict=True):
-                writer.write(spec.name, 0, array)
-            writer.sync()
-        finally:
-            writer.close()
-        atomic_write(file.with_suffix(".json"), json.dumps([asdict(each) for each in job.quality]))
-        partial.replace(file)
-
-    def _read(self, name: str) -> Array:
-        return self._reader.tensor(self._tensors[name])
-
-    def _read_unit(self, unit: int) -> Iterator[tuple[str, Array]]:
-        for name in self._sources.get(unit, ()):
-            yield name, self._read(name)
+            arrays[name] = values.astype(self._numpy_dtype) if in_model_dtype else values
+        write_layer(self.folder, job.layer, arrays, [asdict(each) for each in job.quality])
 
 
 class _Inputs:
-    """The inputs of modules during a call, by name of the linear."""
+    """The inputs of linears during a call, by name.
 
-    def __init__(self, modules: Mapping[str, torch.nn.Module]) -> None:
+    Args:
+        modules: linears by name.
+        experts: `fc` and `proj` -> name of the linear of all experts; empty where a layer has none.
+        layer: the module with the experts.
+    """
+
+    def __init__(self, modules: Mapping[str, Any], experts: Mapping[str, str], layer: Any) -> None:
         self.found: dict[str, torch.Tensor] = {}
-        self._modules = modules
+        self._modules, self._experts, self._layer = modules, experts, layer
         self._handles: list[Any] = []
+        self._routed: dict[str, list[torch.Tensor]] = {name: [] for name in experts.values()}
 
     def __enter__(self) -> _Inputs:
         for name, module in self._modules.items():
 
-            def note(module: torch.nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+            def note(module: Any, args: tuple[Any, ...], name: str = name) -> None:
                 self.found[name] = args[0]
 
             self._handles.append(module.register_forward_pre_hook(note))
+        if self._experts:
+            visit_experts(experts_of(self._layer), self._visit)
         return self
 
+    def _visit(self, kind: str, values: torch.Tensor) -> torch.Tensor:
+        if kind in self._experts:
+            self._routed[self._experts[kind]].append(values)
+        return values
+
     def __exit__(self, *details: object) -> None:
+        self.found |= {name: torch.cat(parts) for name, parts in self._routed.items() if parts}
         for handle in self._handles:
             handle.remove()
 
 
-def layer_file(folder: Path, layer: int) -> Path:
-    return folder / f"layer-{layer}.safetensors"
-
-
-def layer_entries(folder: Path) -> dict[str, TensorEntry]:
-    """Every tensor that quantisation made, by name."""
-    found: dict[str, TensorEntry] = {}
-    for file in folder.glob("layer-*.safetensors"):
-        found |= read_header(file)
-    return found
-
-
 def qualities(folder: Path, layers: int) -> list[LinearQuality]:
     """How well every linear came out, in order of execution."""
-    found = []
-    for layer in range(layers):
-        noted = layer_file(folder, layer).with_suffix(".json")
-        found += [LinearQuality(**each) for each in json.loads(noted.read_text(encoding="utf-8"))]
-    return found
+    return [LinearQuality(**each) for layer in range(layers) for each in read_notes(folder, layer)]
 
 
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -422,11 +402,3 @@ def _fill_part(place: Array, values: Array, whole: PlannedTensor, name: str) -> 
         if piece.source == name:
             where = tuple(slice(start, stop) for start, stop in piece.box)
             place.reshape(piece.view)[where] = values.reshape(piece.view)[where]
-
-
-def _sources_by_unit(whole: Mapping[str, PlannedTensor]) -> dict[int, list[str]]:
-    found: dict[int, dict[str, None]] = {}
-    for tensor in whole.values():
-        for piece in tensor.pieces:
-            found.setdefault(tensor.unit, {})[piece.source] = None
-    return {unit: list(names) for unit, names in found.items()}

@@ -1,0 +1,168 @@
+"""What `trtkit convert` adds for quantisation: its options, its checks and its accuracy report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from trtkit.cli._common import note, print_json, print_table, progress_steps
+
+if TYPE_CHECKING:
+    from trtkit.convert.conversion import Options
+    from trtkit.convert.plan import Plan
+    from trtkit.convert.quantization import Quantization
+    from trtkit.hf import Source
+
+FORMATS = ("int8_wo", "int4_wo", "int4_awq", "w4a8_awq", "int8_sq", "int8_sq_plugin", "fp8", "fp8_rowwise")
+
+_OPTIONS = (
+    click.option("--quantization", type=click.Choice(FORMATS), help="Format of the linears; needs the `torch` extra."),
+    click.option(
+        "--group-size", type=click.Choice(["64", "128"]), help="Inputs that share a scale, in int4 formats with groups."
+    ),
+    click.option("--kv-cache", type=click.Choice(["int8", "fp8"]), help="Dtype of the KV cache."),
+    click.option(
+        "--exclude", multiple=True, metavar="PATTERN", help="TRT-LLM modules to leave alone, e.g. '*.layers.0.*'."
+    ),
+    click.option(
+        "--linear",
+        "overrides",
+        multiple=True,
+        metavar="NAME=FORMAT",
+        help="Another format for one linear, by its name.",
+    ),
+    click.option(
+        "--calibration", metavar="TEXT", help="A .txt, .jsonl, .parquet or .npy file, or a dataset of the hub."
+    ),
+    click.option("--calibration-samples", type=click.IntRange(1), help="Windows of it.  [default: 128]"),
+    click.option("--calibration-length", type=click.IntRange(2), help="Tokens in each.  [default: 512]"),
+    click.option("--calibration-seed", default=0, show_default=True, help="Draws the windows."),
+    click.option("--device", default="cpu", show_default=True, help="Where layers run: cpu, cuda, cuda:1 ..."),
+    click.option("--gpu", help="The GPU that will serve, e.g. H100 or sm90: what it cannot run is refused at once."),
+    click.option("--release", help="The Triton release that will serve, YY.MM: the same."),
+    click.option("--held-out", metavar="TEXT", help="Text to measure the accuracy on, like --calibration."),
+    click.option("--no-accuracy", is_flag=True, help="Do not measure what quantisation cost."),
+    click.option("--max-perplexity-increase", "limit", metavar="LIMIT", help="Fail above it: 2%, or 0.02."),
+)
+
+
+def quantization_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """All options of quantisation, on a command."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def asked_quantization(
+    quantization: str | None,
+    group_size: str | None,
+    kv_cache: Any,
+    exclude: tuple[str, ...],
+    overrides: tuple[str, ...],
+    **rest: Any,
+) -> Quantization:
+    """What the options ask for.
+
+    Raises:
+        InputError: options that do not go together.
+    """
+    from trtkit.convert.quantization import Quantization
+    from trtkit.errors import InputError
+
+    linears: dict[str, str] = {}
+    for each in overrides:
+        name, equals, form = each.partition("=")
+        if not equals:
+            raise InputError(f"--linear '{each}' is not NAME=FORMAT", "e.g. transformer.layers.3.mlp.proj=fp8")
+        linears[name] = form
+    return Quantization(
+        quantization,
+        group_size=int(group_size) if group_size else None,
+        kv_cache=kv_cache,
+        exclude=exclude,
+        overrides=linears,
+    )
+
+
+def check_asked(
+    asked: Quantization,
+    architecture: str,
+    *,
+    gpu: str | None,
+    release: str | None,
+    limit: str | None,
+    no_accuracy: bool,
+    **rest: Any,
+) -> None:
+    """Refuses what cannot run, and options that would do nothing, before any work."""
+    from trtkit import releases
+    from trtkit.convert.quantization import Quantization
+    from trtkit.errors import InputError
+    from trtkit.evaluate.results import parse_limit
+    from trtkit.quantized import check_runs
+
+    if asked == Quantization():
+        given = [
+            key
+            for key in ("gpu", "release", "calibration", "held_out")
+            if {**rest, "gpu": gpu, "release": release}.get(key)
+        ]
+        if limit is not None or given:
+            name = "max-perplexity-increase" if limit is not None else given[0].replace("_", "-")
+            raise InputError(f"--{name} is about quantisation, which was not asked for", "add --quantization")
+        return
+    if limit is not None:
+        parse_limit(limit)
+        if no_accuracy:
+            raise InputError("--max-perplexity-increase needs the accuracy", "leave out --no-accuracy")
+    version = releases.get(release).tensorrt_llm if release else None
+    check_runs(asked, architecture, tensorrt_llm=version, gpu=gpu)
+
+
+def convert_and_report(
+    plan: Plan,
+    source: Source,
+    out: Path,
+    options: Options,
+    summary: dict[str, Any],
+    *,
+    replace: bool,
+    as_json: bool,
+    limit: str | None,
+    **given: Any,
+) -> None:
+    """Converts, prints the accuracy report, and fails where it exceeds the limit. The checkpoint is then there anyway:
+    its measurement may be wanted, and its hours are spent."""
+    from trtkit.accuracy import check, rows
+    from trtkit.errors import CheckFailedError
+    from trtkit.quantized import Settings, convert_quantized
+
+    settings = Settings(
+        text=given["calibration"],
+        samples=given["calibration_samples"],
+        length=given["calibration_length"],
+        seed=given["calibration_seed"],
+        device=given["device"],
+        accuracy=not given["no_accuracy"],
+        held_out=given["held_out"],
+    )
+    started = time.monotonic()
+    with progress_steps() as on_step:
+        found, report = convert_quantized(
+            plan, source, out, settings, options=options, replace=replace, on_step=on_step
+        )
+    summary |= {"seconds": round(time.monotonic() - started, 3), "resumed_bytes": found.resumed_bytes}
+    if as_json:
+        print_json(summary | {"accuracy": report})
+    else:
+        algo = summary["quantization"].get("quant_algo", "KV cache only")
+        print_table(["accuracy", ""], rows(report), f"{summary['architecture']} {algo} -> {out}")
+    try:
+        check(report, limit)
+    except CheckFailedError:
+        note(f"{out} was written all the same")
+        raise

@@ -1,0 +1,179 @@
+"""Quantised conversion from beginning to end: refuse early, calibrate, convert, measure what it cost.
+
+Joins `trtkit.convert`, `trtkit.quantize` and `trtkit.evaluate` for the command line and for builds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from trtkit.convert.conversion import Conversion, Options, WriteRanks, check_target, convert, write_checkpoint
+from trtkit.convert.plan import Plan, checkpoint_quantization
+from trtkit.convert.quantization import Quantization
+from trtkit.convert.support import Target, check_support, gpu_generation
+from trtkit.errors import missing_extra
+from trtkit.hf import Source
+
+OnStep = Callable[[str, str, int, int], None]
+"""Told what is going on, in which unit (`bytes`, `layers`), and how much of it is done of how much."""
+
+EVALUATION_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a quantised conversion is carried out, beside what its plan says.
+
+    Attributes:
+        text, samples, length, seed: the calibration text (see `trtkit.quantize.calibration.load_tokens`).
+        device: where layers run.
+        accuracy: measure what quantisation cost.
+        held_out: text for that; None is the built-in one.
+    """
+
+    text: str | None = None
+    samples: int | None = None
+    length: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+    accuracy: bool = True
+    held_out: str | None = None
+
+
+def check_runs(
+    quantization: Quantization,
+    architecture: str,
+    *,
+    runtime: str = "tensorrtllm",
+    tensorrt_llm: str | None = None,
+    gpu: str | None = None,
+) -> None:
+    """Whether what is asked for runs where it shall: told before any work.
+
+    Raises:
+        InputError: it does not; says what does.
+    """
+    sm = gpu_generation(gpu) if gpu else None
+    check_support(quantization, Target(runtime, architecture, tensorrt_llm, sm))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a quantised conversion needs beside plan and source.
+
+    Attributes:
+        write: makes and writes the ranks.
+        options: those of the conversion, with what identifies the calibration.
+        measure: called with the finished folder before it is published.
+    """
+
+    write: WriteRanks | None
+    options: Options
+    measure: Callable[[Path], None]
+
+
+def prepare(plan: Plan, source: Source, settings: Settings, options: Options, on_step: OnStep) -> Work:
+    """Loads the texts, so that one that is too short is told before any work.
+
+    Raises:
+        InputError: a text is missing or too short, or the device is none.
+        LacksError: torch is not installed.
+    """
+    quantization = checkpoint_quantization(plan.config)
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        raise missing_extra("torch", "torch") from None
+    from trtkit.accuracy import measure
+    from trtkit.evaluate.models import usable_device
+    from trtkit.quantize.calibration import load_tokens
+    from trtkit.quantize.conversion import identity, needs_calibration, quantizing
+
+    device = str(usable_device(settings.device))
+    write = None
+    if needs_calibration(quantization):
+        calibration = load_tokens(
+            source.path, settings.text, samples=settings.samples, length=settings.length, seed=settings.seed
+        )
+        write = quantizing(
+            calibration, device=device, on_layer=lambda done, total: on_step("quantising", "layers", done, total)
+        )
+        options = replace(options, quantization=identity(calibration))
+    held_out = None
+    if settings.accuracy:
+        held_out = load_tokens(
+            source.path, settings.held_out, samples=None if settings.held_out else EVALUATION_SAMPLES, held_out=True
+        )
+
+    def measured(folder: Path) -> None:
+        if held_out is not None:
+            measure(
+                source,
+                folder,
+                held_out,
+                device=device,
+                on_progress=lambda done, total: on_step("measuring the accuracy", "layers", done, total),
+            )
+
+    return Work(write, options, measured)
+
+
+def convert_quantized(
+    plan: Plan,
+    source: Source,
+    out: Path,
+    settings: Settings,
+    *,
+    options: Options | None = None,
+    replace: bool = False,
+    on_step: OnStep = lambda what, unit, done, total: None,
+) -> tuple[Conversion, dict[str, Any]]:
+    """Like `trtkit.convert.conversion.convert`, for a plan with quantisation.
+
+    Returns:
+        what the conversion found, and the accuracy report (see `trtkit.accuracy`).
+    """
+    check_target(out, source, replace=replace)
+    work = prepare(plan, source, settings, options or Options(), on_step)
+    found = convert(
+        plan,
+        source,
+        out,
+        options=work.options,
+        replace=replace,
+        on_progress=lambda done, total: on_step("writing the ranks", "bytes", done, total),
+        write=work.write,
+        on_written=work.measure,
+    )
+    return found, _report(out)
+
+
+def write_quantized(
+    plan: Plan,
+    source: Source,
+    folder: Path,
+    settings: Settings,
+    *,
+    on_step: OnStep = lambda what, unit, done, total: None,
+) -> dict[str, Any]:
+    """The same into an existing folder that the caller publishes (see `write_checkpoint`); the accuracy report."""
+    work = prepare(plan, source, settings, Options(), on_step)
+    write_checkpoint(
+        plan,
+        source,
+        folder,
+        options=work.options,
+        on_progress=lambda done, total: on_step("writing the ranks", "bytes", done, total),
+        write=work.write,
+    )
+    work.measure(folder)
+    return _report(folder)
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    from trtkit.accuracy import read
+
+    return read(folder)
