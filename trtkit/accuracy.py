@@ -10,15 +10,16 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trtkit.checkpoint import open_checkpoint
 from trtkit.convert.conversion import ACCURACY
-from trtkit.evaluate.layerwise import score_layers
 from trtkit.evaluate.results import Scores, check_limit, parse_limit
 from trtkit.hf import Source
-from trtkit.quantize.calibration import Calibration
 from trtkit.store import atomic_write
+
+if TYPE_CHECKING:
+    from trtkit.quantize.calibration import Calibration
 
 WORST = 5
 
@@ -37,6 +38,8 @@ def measure(
         folder: the checkpoint's.
         held_out: text that calibration has not seen.
     """
+    from trtkit.evaluate.layerwise import score_layers
+
     with tempfile.TemporaryDirectory(prefix="accuracy-", dir=folder.parent) as work:
         scores = score_layers(
             source, open_checkpoint(folder), held_out.tokens, Path(work), device=device, on_progress=on_progress

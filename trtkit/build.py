@@ -6,21 +6,25 @@ crash costs only the step that it interrupted.
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trtkit import __version__, hf
+from trtkit import __version__, hf, releases
+from trtkit.accuracy import check, read
 from trtkit.checkpoint import open_checkpoint
 from trtkit.config import BuildConfig
 from trtkit.convert.conversion import write_checkpoint
 from trtkit.convert.plan import Plan
-from trtkit.convert.source import plan_conversion
+from trtkit.convert.quantization import Quantization
+from trtkit.convert.source import asked_quantization, plan_conversion
 from trtkit.convert.verify import verify
 from trtkit.engine.builders import BuildCommand, compile_into, plan_build
 from trtkit.errors import CheckFailedError, InputError
+from trtkit.quantized import Settings, check_runs, write_quantized
 from trtkit.store import ArtifactStore, digest
 
 SKIPPED = "the reference runtime executes the checkpoint itself, so there is no engine to compile"
@@ -75,7 +79,10 @@ def plan(config: BuildConfig, store: ArtifactStore) -> BuildPlan:
     """
     source = hf.open_source(config.model.source, revision=config.model.revision)
     conversion = plan_conversion(source, config.checkpoint)
+    _check_quantization(config, source)
     checkpoint_inputs = {"source": source.identity(), "config": conversion.config, "trtkit": __version__}
+    if _quantizes(config):
+        checkpoint_inputs["calibration"] = _calibration_identity(config)
     checkpoint_dir = store.path("checkpoint", checkpoint_inputs)
     if config.serving.runtime != "tensorrtllm":
         return BuildPlan(config, source, conversion, checkpoint_inputs, checkpoint_dir, None, None, None)
@@ -113,7 +120,10 @@ def run(
 
     def make_checkpoint(folder: Path) -> None:
         on_step(f"converting {planned.source.path.name}")
-        write_checkpoint(planned.conversion, planned.source, folder, on_progress=on_progress)
+        if _quantizes(planned.config):
+            _quantize(planned, folder, on_step)
+        else:
+            write_checkpoint(planned.conversion, planned.source, folder, on_progress=on_progress)
         on_step("reading the checkpoint back")
         result = verify(planned.source, open_checkpoint(folder))
         if not result.passed:
@@ -123,6 +133,7 @@ def run(
     checkpoint_dir, checkpoint_reused = store.build(
         "checkpoint", planned.checkpoint_inputs, make_checkpoint, resume=True
     )
+    _check_accuracy(planned.config, checkpoint_dir)
     if planned.command is None or planned.engine_inputs is None:
         return Built(checkpoint_dir, checkpoint_reused, None, False)
     command, identity = planned.command, digest(planned.checkpoint_inputs)
@@ -148,6 +159,52 @@ def find(config: BuildConfig, store: ArtifactStore) -> Built:
         missing = "checkpoint" if checkpoint_dir is None else "engine"
         raise InputError(f"'{config.name}' as it is now has no finished {missing}", "run `trtkit build` first")
     return Built(checkpoint_dir, True, engine_dir, engine_dir is not None)
+
+
+def _quantizes(config: BuildConfig) -> bool:
+    return asked_quantization(config.checkpoint) != Quantization()
+
+
+def _check_quantization(config: BuildConfig, source: hf.Source) -> None:
+    """Refuses, before any work, what the release, the GPU or the runtime cannot run."""
+    if _quantizes(config):
+        check_runs(
+            asked_quantization(config.checkpoint),
+            source.architecture,
+            runtime=config.serving.runtime,
+            tensorrt_llm=releases.get(config.deploy.release).tensorrt_llm,
+            gpu=config.checkpoint.quantization.gpu,
+        )
+
+
+def _calibration_identity(config: BuildConfig) -> dict[str, Any]:
+    """The settings of the calibration; of a text in a file also what is in it."""
+    calibration = config.checkpoint.quantization.calibration
+    text = Path(calibration.text) if calibration.text else None
+    content = hashlib.sha256(text.read_bytes()).hexdigest() if text and text.is_file() else None
+    return {**calibration.model_dump(exclude={"text"} if content else set()), "content": content}
+
+
+def _quantize(planned: BuildPlan, folder: Path, on_step: Callable[[str], None]) -> None:
+    calibration = planned.config.checkpoint.quantization.calibration
+    settings = Settings(calibration.text, calibration.samples, calibration.length, calibration.seed)
+    told = ""
+
+    def tell(what: str, unit: str, done: int, total: int) -> None:
+        nonlocal told
+        if what != told:
+            told = what
+            on_step(what)
+
+    write_quantized(planned.conversion, planned.source, folder, settings, on_step=tell)
+
+
+def _check_accuracy(config: BuildConfig, checkpoint_dir: Path) -> None:
+    """Fails a build whose quantisation cost more than the config allows. The checkpoint stays: its measurement is in
+    accuracy.json, and with a higher limit the next build goes on with it."""
+    limit = config.checkpoint.quantization.max_perplexity_increase
+    if limit is not None and _quantizes(config):
+        check(read(checkpoint_dir), limit)
 
 
 def _gpus() -> list[str]:

@@ -55,7 +55,7 @@ def parse_config(text: str, name: str = "<config>", base: Path | None = None) ->
     except ValidationError as error:
         problems = [_describe(problem, root, name) for problem in error.errors()]
         raise InputError("\n".join(problems), "`trtkit config schema` shows every key, its type and range") from None
-    return _with_absolute_source(config, base)
+    return _with_absolute_paths(config, base)
 
 
 def ready_made_configs() -> dict[str, Path]:
@@ -81,13 +81,26 @@ def _config_folder(package: Path = Path(__file__).parent) -> Path:
     return installed if installed.is_dir() else package.parent / "build_configs"
 
 
-def _with_absolute_source(config: BuildConfig, base: Path | None) -> BuildConfig:
-    source = Path(config.model.source).expanduser()
-    local = source if source.is_absolute() else (base or Path()) / source
-    if not local.exists():
-        return config
-    model = config.model.model_copy(update={"source": str(local.resolve())})
-    return config.model_copy(update={"model": model})
+def _with_absolute_paths(config: BuildConfig, base: Path | None) -> BuildConfig:
+    """The config with files that its paths name relative to `base`; what is no file stays: the id of something."""
+    quantization = config.checkpoint.quantization
+    text = _absolute(quantization.calibration.text, base)
+    calibration = quantization.calibration.model_copy(update={"text": text})
+    quantization = quantization.model_copy(update={"calibration": calibration})
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"source": _absolute(config.model.source, base)}),
+            "checkpoint": config.checkpoint.model_copy(update={"quantization": quantization}),
+        }
+    )
+
+
+def _absolute(name: str | None, base: Path | None) -> str | None:
+    if name is None:
+        return None
+    path = Path(name).expanduser()
+    local = path if path.is_absolute() else (base or Path()) / path
+    return str(local.resolve()) if local.exists() else name
 
 
 def _duplicate_key(root: yaml.Node) -> tuple[str, int] | None:

@@ -105,7 +105,10 @@ def prepare(plan: Plan, source: Source, settings: Settings, options: Options, on
     held_out = None
     if settings.accuracy:
         held_out = load_tokens(
-            source.path, settings.held_out, samples=None if settings.held_out else EVALUATION_SAMPLES, held_out=True
+            source.path,
+            settings.held_out,
+            samples=None if str(settings.held_out).endswith(".npy") else EVALUATION_SAMPLES,
+            held_out=True,
         )
 
     def measured(folder: Path) -> None:

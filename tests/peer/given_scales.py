@@ -31,6 +31,7 @@ CONFIGS = {
     "int4_awq": "INT4_AWQ_CFG",
     "w4a8_awq": "W4A8_AWQ_BETA_CFG",
     "fp8": "FP8_DEFAULT_CFG",
+    "fp8_rowwise": "FP8_PER_CHANNEL_PER_TOKEN_CFG",
     "int8_sq": "INT8_SMOOTHQUANT_CFG",
 }
 """Our format -> ModelOpt's configuration."""
@@ -66,7 +67,7 @@ def settings(architecture: str) -> dict[str, Any]:
         "intermediate_size": 512,
         "num_hidden_layers": 2,
         "num_attention_heads": 8,
-        "num_key_value_heads": 2,
+        "num_key_value_heads": 4,
         "head_dim": 32,
         "max_position_embeddings": 128,
         "tie_word_embeddings": False,

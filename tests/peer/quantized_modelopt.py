@@ -7,9 +7,9 @@ It is a process of its own because importing ModelOpt patches torch.
 JOBS.json is a list of `{"source", "model", "dtype", "decoder_type", "quantizations"}`: the folder to save the model in,
 its `architecture` and config values, the dtype to save it in, ModelOpt's name for the family, and how to quantise it:
 each `{"config", "group", "kv_cache", "trtllm", "huggingface", "one_scale", "vectors"}`, the name of ModelOpt's
-configuration, the group size or null, `FP8`, `INT8` or null, the TRT-LLM exports to make, each `{"out", "dtype", "tp"}`,
-the folder of the Hugging Face export or null, whether fused weights get one scale before it, and the file for the
-factors per input, which exports hold rounded or not at all.
+configuration, the group size or null, `FP8`, `INT8` or null, the TRT-LLM exports to make, each `{"out", "dtype",
+"tp"}`, the folder of the Hugging Face export or null, whether weights of FP8 that runtimes fuse get one scale before
+it, and the file for the factors per input, which exports hold rounded or not at all.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main(jobs: list[dict[str, Any]]) -> None:
                         inference_tensor_parallel=export["tp"],
                     )  # fmt: skip
             if quantization["huggingface"]:
-                if quantization["one_scale"]:
+                if quantization["one_scale"] and quantization["config"] == "FP8_DEFAULT_CFG":
                     share_scales(model)
                 with torch.inference_mode():
                     export_hf_checkpoint(copy.deepcopy(model), export_dir=quantization["huggingface"])

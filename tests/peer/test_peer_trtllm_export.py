@@ -1,6 +1,6 @@
-"""NVIDIA ModelOpt quantises saved models and exports them for TensorRT-LLM, on the CPU. With its scales we write the same
-files: every tensor (name, shape, dtype, bits) and the `quantization` of config.json, but for the rows of `ALLOWED`. A
-row says when its difference must be there, so one that has become stale fails as a new one does.
+"""NVIDIA ModelOpt quantises saved models and exports them for TensorRT-LLM, on the CPU. With its scales we write the
+same files: every tensor (name, shape, dtype, bits) and the `quantization` of config.json, but for the rows of
+`ALLOWED`. A row says when its difference must be there, so one that has become stale fails as a new one does.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Allowed:
 ALLOWED = (
     Allowed(
         "quantization exclude_modules", ABSENT, ["lm_head"],
-        "without the key TensorRT-LLM leaves the head alone by itself, and routers too, which a list would have to name",
+        "without the key TensorRT-LLM leaves the head alone by itself, and routers, which a list would have to name",
     ),
     *(
         Allowed(

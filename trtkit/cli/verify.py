@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 @json_option
 def command(paths: tuple[str, ...], revision: str | None, as_json: bool) -> int:
     """Compare the files of CHECKPOINT with their checksums; then put its ranks together again and compare every element
-    with SOURCE, bit for bit. Without SOURCE only the checksums are compared.
+    with SOURCE, bit for bit. Without SOURCE only the checksums are compared. Quantised linears have to resemble the
+    source's; how much they cost is what `trtkit evaluate` measures.
 
     When the checkpoint has another dtype, the source's value rounded to it is what counts, and the values that the
     rounding changed are counted. Exit code 1 when anything differs.
@@ -76,6 +77,8 @@ def _account(result: Verification, dtype: str) -> str:
         if result.saturated:
             exact += f", {result.saturated:,} of them clipped to its range"
         parts.append(f"{result.tensors} tensors, {result.elements:,} elements equal the source; {exact}")
+    if result.quantized:
+        parts.append(f"{result.quantized} quantised linears resemble the source's")
     return "; ".join(parts)
 
 
@@ -83,5 +86,6 @@ def _print_differences(result: Verification, damage: str) -> None:
     rows: list[tuple[str, str]] = [("damage", damage)] if damage else []
     rows += list(result.files.items())
     rows += [(name, f"{count:,} elements differ") for name, count in result.mismatches.items()]
+    rows += [(name, f"differs by {error:.0%} from the source's weight") for name, error in result.unlike.items()]
     rows += [(f"config.json: {key}", f"{found!r}, not {want!r}") for key, (want, found) in result.settings.items()]
     print_table(["where", "what"], rows, "FAILED: the checkpoint is not what it should be")

@@ -81,14 +81,14 @@ def with_scales(form: Format, weight: torch.Tensor, scales: Mapping[str, Array])
         Suffix -> tensor, as of `quantize_linears`.
     """
     factors = scales.get("prequant_scaling_factor")
-    scaled = weight if factors is None else weight / torch.from_numpy(factors)
-    steps = torch.from_numpy(scales["weights_scaling_factor"])
+    scaled = weight if factors is None else weight * (1 / torch.from_numpy(factors))
+    steps = torch.from_numpy(scales.get("weights_scaling_factor", scales.get("per_channel_scale")))
     if form.bits == 4:
         codes = pack_int4(awq.nearest_codes(scaled, steps).to(torch.int8).numpy())
     elif form.name == "int8_sq":
         codes = smoothquant.row_codes(scaled, steps).numpy()
     else:
-        codes = _to_float8(scaled / steps)
+        codes = _to_float8(scaled / steps.view(-1, 1))
     return {"weight": codes, **scales}
 
 
@@ -160,7 +160,8 @@ def _to_float8(values: torch.Tensor) -> Array:
     import ml_dtypes
 
     rounded = values.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn)
-    return rounded.view(torch.uint8).cpu().numpy().view(ml_dtypes.float8_e4m3fn)
+    values8: Array = rounded.view(torch.uint8).cpu().numpy().view(ml_dtypes.float8_e4m3fn)
+    return values8
 
 
 def _scale(values: torch.Tensor, largest: float) -> Array:

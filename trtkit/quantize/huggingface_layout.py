@@ -25,6 +25,7 @@ PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 
 _MLP_NORMS = ("pre_feedforward_layernorm", "mlp_layernorm", "post_attention_layernorm", "post_layernorm")
 """Names of the norm in front of an MLP, the first that a family has."""
+_GATED = ("mlp.fc", "mlp.gate")
 _STATIC_FLOAT8 = {"dynamic": False, "num_bits": 8, "type": "float"}
 _GROUPS: dict[str, dict[str, Any]] = {
     "FP8": {"input_activations": _STATIC_FLOAT8, "weights": _STATIC_FLOAT8},
@@ -146,12 +147,15 @@ class HuggingFaceLayout:
         return next(name for name in names if f"{name}.weight" in self.whole)
 
     def _factors(self, module: str, parts: Sequence[Linear]) -> Literal["none", "ones", "own"]:
-        if not parts[0].experts and parts[0].kind in ("attention.qkv", "mlp.fc", "mlp.gate"):
-            alone = parts[0].kind == "mlp.fc" and _gate(parts[0]) not in self._by_name
-            if not alone:
-                whole = all(self.sources(linear) == [f"{module}.weight"] for linear in parts)
-                return "ones" if whole and _has_groups(self.quantization, parts[0]) else "none"
-        return "own" if _has_groups(self.quantization, parts[0]) else "none"
+        linear, kinds = parts[0], {part.kind for part in parts}
+        if not _has_groups(self.quantization, linear):
+            return "none"
+        gated = linear.kind in _GATED and _gate(linear) in self._by_name
+        if linear.kind != "attention.qkv" and not gated:
+            return "own"
+        # The norm took them. One module in the place of several is loaded like any other, and these have a vector.
+        alone = self.sources(linear) == [f"{module}.weight"] and (not gated or kinds == set(_GATED))
+        return "ones" if alone else "none"
 
     def _check(self) -> None:
         architecture, q = self.config["architecture"], self.quantization

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from trtkit import architectures
-from trtkit.convert.divisibility import fits, sides
+from trtkit.convert.divisibility import check_divisible, fits, sides
 from trtkit.convert.interleave import interleave
 from trtkit.convert.quantization import FORMATS, Format, Quantization
 from trtkit.convert.source import Layout
@@ -90,7 +90,12 @@ def decide(source: Source, found: Survey, scheme: Scheme, config: Mapping[str, A
         return base
     shapes = sides(config)
     each = [replace(base, group_size=group) for group in groups]
-    return next((q for q in each if fits(q, shapes, layout.tp, ep=layout.ep)), each[0])
+    best = next((q for q in each if fits(q, shapes, layout.tp, ep=layout.ep)), each[-1])
+    try:
+        check_divisible(best, shapes, layout.tp, ep=layout.ep)
+    except InputError as error:  # which advises those who can choose a format
+        raise InputError(error.cause, f"use a smaller --tp, or {imports.FROM_ORIGINAL}") from error
+    return best
 
 
 def _form(each: Found, scheme: Scheme) -> Format:

@@ -259,8 +259,7 @@ def _check_reachable(
     smallest = None
     for offered in filter(all, (_offered(menu, allowed) for allowed in mixable)):
         taken = [
-            min(places, key=lambda index: each[index].size)  # noqa: B023 - called here
-            for each, places in zip(menu.options, offered, strict=True)
+            min(places, key=lambda index: each[index].size) for each, places in zip(menu.options, offered, strict=True)
         ]
         point = menu.point(taken)
         if smallest is None or point.bits < smallest.bits:

@@ -148,7 +148,7 @@ def float8(*, dynamic: bool = False, kv: bool = False, scale: Callable[[str], np
 
 
 def modelopt_int4(*, folded: bool = True, inputs_too: bool = False) -> Format:
-    """Model-Optimizer's INT4 AWQ or W4A8: factors for the inputs where they cannot be in the norm before, if `folded`."""
+    """Model-Optimizer's INT4 AWQ or W4A8; if `folded`, with factors for inputs that have no norm before them."""
 
     def linear(random: np.random.Generator, outputs: int, inputs: int, name: str) -> tuple[dict[str, Array], Array]:
         codes = random.integers(-8, 8, (outputs, inputs), np.int8)

@@ -20,7 +20,8 @@ from trtkit.safetensors_io import Reader
 from trtkit.untrusted import printable, read_json
 
 __all__ = [
-    "LinearFormat", "Scheme", "check", "detect", "leftovers", "read", "read_kv_scales", "read_second_scale",
+    "FORMATS", "FROM_ORIGINAL", "LinearFormat", "Scheme", "check", "detect", "leftovers", "read", "read_kv_scales",
+    "read_second_scale", "refuse_leftovers",
 ]  # fmt: skip
 
 FORMATS: dict[str, ModuleType] = {module.METHOD: module for module in (autoawq, gptq, compressed_tensors, modelopt)}
