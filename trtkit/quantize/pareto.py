@@ -173,13 +173,12 @@ def _other(point: Point, x: _Linear, y: _Logarithmic) -> str:
 
 
 def _chosen(point: Point, x: _Linear, y: _Logarithmic) -> list[str]:
-    left, top = x(point.bits), y(point.damage)
-    after = left < _WIDTH - 220
-    label = f"chosen: {point.bits:.2f} bits, KL {point.damage:.2g}"
+    """The point, and its figures in the head, where nothing can lie over them."""
+    left, top, right = x(point.bits), y(point.damage), _WIDTH - _RIGHT
     return [
         f'<circle class="chosen" cx="{left:.1f}" cy="{top:.1f}" r="7"><title>{escape(_words(point))}</title></circle>',
-        f'<text class="name" x="{left + (12 if after else -12):.1f}" y="{top - 10:.1f}" '
-        f'text-anchor="{"start" if after else "end"}">{escape(label)}</text>',
+        f'<text class="name" x="{right}" y="28" text-anchor="end">'
+        f"\u25cf chosen: {point.bits:.2f} bits, KL {point.damage:.2g}</text>",
     ]
 
 

@@ -92,21 +92,13 @@ def test_verify_notices_the_weights_of_another_model(source: Path, tmp_path: Pat
     assert "differs by" in result.stdout
 
 
-def test_the_limit_fails_but_keeps_the_checkpoint(source: Path, tmp_path: Path) -> None:
-    result = run(
-        "convert", source, tmp_path / "out", "--quantization", "int4_wo", "--max-perplexity-increase", "0.0000001%",
-        "--held-out", _text(tmp_path),
-    )  # fmt: skip
+def test_the_limit_fails_but_keeps_the_checkpoint(tmp_path: Path) -> None:
+    result = run("convert", TINY, tmp_path / "out", "--quantization", "int4_wo", "--max-perplexity-increase", "0.01%")
     report = json.loads((tmp_path / "out" / "accuracy.json").read_text())
-    assert report["scores"]["perplexity_increase"] > 1e-9
+    assert report["scores"]["perplexity_increase"] > 1e-4
     assert result.exit_code == 1
     assert "was written all the same" in result.stderr
-
-
-def _text(folder: Path) -> Path:
-    file = folder / "text.txt"
-    file.write_text("def main(argv):\n    return [word for word in argv if word.startswith('a')]\n" * 1000)
-    return file
+    assert "more than 0.01%" in result.stderr
 
 
 REFUSED = {

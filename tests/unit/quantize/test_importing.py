@@ -524,7 +524,8 @@ REFUSED: dict[str, tuple[Format, dict[str, Any], dict[str, Any], str, str]] = {
         r"have different weight_scale_2", r"original model"),
     "a cache of which layers lack scales": (
         models.float8(kv=True),
-        {"change": without("model.layers.1.self_attn.k_scale", "model.layers.1.self_attn.v_scale")}, {}, r"'model.layers.1.self_attn' has no scales of keys and values", r"--kv-cache"),
+        {"change": without("model.layers.1.self_attn.k_scale", "model.layers.1.self_attn.v_scale")}, {},
+        r"'model.layers.1.self_attn' has no scales of keys and values", r"--kv-cache"),
 }  # fmt: skip
 
 
