@@ -147,7 +147,7 @@ def convert_quantized(
         out,
         options=work.options,
         replace=replace,
-        on_progress=lambda done, total: on_step("writing the ranks", "bytes", done, total),
+        on_progress=lambda done, total: on_step("writing the ranks", "bytes", done, total) if done else None,
         write=work.write,
         on_written=work.measure,
     )
@@ -169,7 +169,7 @@ def write_quantized(
         source,
         folder,
         options=work.options,
-        on_progress=lambda done, total: on_step("writing the ranks", "bytes", done, total),
+        on_progress=lambda done, total: on_step("writing the ranks", "bytes", done, total) if done else None,
         write=work.write,
     )
     work.measure(folder)

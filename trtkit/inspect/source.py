@@ -15,6 +15,7 @@ from trtkit.convert.parallelism import valid_ep_sizes, valid_tp_sizes
 from trtkit.convert.plan import plan_checkpoint
 from trtkit.convert.source import Layout, checkpoint_config, plan_conversion
 from trtkit.errors import InputError
+from trtkit.hf_config import quantized_in
 from trtkit.inspect.headers import DtypeShare, StoredTensor, dtype_shares, stored_tensors
 from trtkit.inspect.model import (
     ModelFacts,
@@ -24,12 +25,15 @@ from trtkit.inspect.model import (
     facts_of_huggingface,
     quantization_of_source,
 )
+from trtkit.quantize.importing import import_plan
 from trtkit.untrusted import is_name, printable, read_json
 
 EXAMPLE_TP = (1, 2, 4, 8)
 MAX_EXPERT_TENSORS = 1_000_000
 """Most layers times experts that a layout is worked out for; the largest known models have 25,000."""
 
+_SOME_GPU = "sm80"
+"""Stands for the GPU that users name where weights are laid out for one."""
 _DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 _WIDE = 8
 _COMPANION = re.compile(
@@ -183,7 +187,11 @@ def _plannable(config: Mapping[str, Any]) -> bool:
 def _judgement(path: Path) -> Problem | None:
     """What `trtkit convert` would say: None when it takes the source."""
     try:
-        plan_conversion(hf.open_source(path), Layout())
+        source = hf.open_source(path)
+        if quantized_in(path, source.config):
+            import_plan(source, Layout(), gpu=_SOME_GPU)
+        else:
+            plan_conversion(source, Layout())
     except InputError as error:
         return Problem.of(error)
     return None

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 5 << 30
 """Size from which on a further file is begun."""
+READ_BYTES = 8 << 20
 COPIED = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
     "merges.txt", "chat_template*",
@@ -143,7 +144,11 @@ def _write_configs(layout: HuggingFaceLayout, source: Source, folder: Path) -> N
 
 
 def _checksum(file: Path) -> str:
-    return blake3.blake3().update_mmap(file).hexdigest()
+    hashed = blake3.blake3()
+    with file.open("rb") as opened:  # not mapped: the pages would count as this process's memory
+        while block := opened.read(READ_BYTES):
+            hashed.update(block)
+    return hashed.hexdigest()
 
 
 @dataclass(frozen=True)

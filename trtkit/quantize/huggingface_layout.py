@@ -25,7 +25,7 @@ PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 
 _MLP_NORMS = ("pre_feedforward_layernorm", "mlp_layernorm", "post_attention_layernorm", "post_layernorm")
 """Names of the norm in front of an MLP, the first that a family has."""
-_GATED = ("mlp.fc", "mlp.gate")
+_FUSED = ("attention.qkv", "mlp.fc", "mlp.gate")
 _STATIC_FLOAT8 = {"dynamic": False, "num_bits": 8, "type": "float"}
 _GROUPS: dict[str, dict[str, Any]] = {
     "FP8": {"input_activations": _STATIC_FLOAT8, "weights": _STATIC_FLOAT8},
@@ -138,24 +138,28 @@ class HuggingFaceLayout:
                 continue
             if linear.kind == "attention.qkv":
                 yield f"transformer.layers.{linear.layer}.input_layernorm", [linear]
-            elif linear.kind == "mlp.fc" and (gate := self._by_name.get(_gate(linear))):
-                yield self._norm_before_mlp(linear.layer), [linear, gate]
+            elif linear.kind == "mlp.fc" and self._is_fused(linear):
+                gate = self._by_name.get(_gate(linear))
+                yield self._norm_before_mlp(linear.layer), [linear, *([gate] if gate else [])]
 
     def _norm_before_mlp(self, layer: int) -> str:
         """The name of the norm whose output the MLP reads; that of attention where they share one."""
         names = [f"transformer.layers.{layer}.{name}" for name in (*_MLP_NORMS, "input_layernorm")]
         return next(name for name in names if f"{name}.weight" in self.whole)
 
-    def _factors(self, module: str, parts: Sequence[Linear]) -> Literal["none", "ones", "own"]:
-        linear, kinds = parts[0], {part.kind for part in parts}
-        if not _has_groups(self.quantization, linear):
+    def _is_fused(self, linear: Linear) -> bool:
+        """Whether the runtime makes one linear of it and others, or of its parts, that all read the same norm."""
+        return linear.kind in _FUSED and (len(linear.weight.parts) > 1 or _gate(linear) in self._by_name)
+
+    def _factors(self, module: str, linears: Sequence[Linear]) -> Literal["none", "ones", "own"]:
+        if not _has_groups(self.quantization, linears[0]):
             return "none"
-        gated = linear.kind in _GATED and _gate(linear) in self._by_name
-        if linear.kind != "attention.qkv" and not gated:
+        if not self._is_fused(linears[0]):
             return "own"
         # The norm took them. One module in the place of several is loaded like any other, and these have a vector.
-        alone = self.sources(linear) == [f"{module}.weight"] and (not gated or kinds == set(_GATED))
-        return "ones" if alone else "none"
+        parts = sum(len(linear.weight.parts) for linear in linears)
+        whole = all(self.sources(linear) == [f"{module}.weight"] for linear in linears)
+        return "ones" if whole and parts > 1 else "none"
 
     def _check(self) -> None:
         architecture, q = self.config["architecture"], self.quantization

@@ -30,9 +30,10 @@ from trtkit.hf import Source
 from trtkit.quantize.huggingface_layout import HuggingFaceLayout, Module
 from trtkit.safetensors_io import DTYPES, Reader, TensorEntry, TensorSpec, Writer
 
-BLOCK = 16 << 20
-"""Elements of a plain tensor that are cast at once."""
+BLOCK = 2 << 20
+"""Elements of a plain tensor that are worked on at once."""
 _F32 = np.dtype(np.float32)
+_ANEW = "quantise the source anew, as config.json asks for it"
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,7 @@ class HuggingFaceTensors:
 
     def outputs(self) -> Iterator[Output]:
         """Everything that the checkpoint holds, in order of execution."""
-        folded = {
-            piece.source: name for name in self.layout.folded for piece in self.layout.whole[name].pieces
-        }  # fmt: skip
+        folded = {piece.source for name in self.layout.folded for piece in self.layout.whole[name].pieces}
         seen: set[str] = set()
         for name, tensor in self.layout.whole.items():
             for source in dict.fromkeys(piece.source for piece in tensor.pieces):
@@ -84,10 +83,7 @@ class HuggingFaceTensors:
                 if source in folded:
                     yield Output((TensorSpec(source, self.dtype, shape),), partial(self.norm, name))
                 elif module is not None and source.endswith(".weight"):
-                    yield Output(
-                        tuple(_specs(module, self.layout, self.dtype)),
-                        lambda module=module: self.module(module),  # type: ignore[misc]
-                    )
+                    yield Output(tuple(_specs(module, self.layout, self.dtype)), partial(self.module, module))
                 else:
                     yield Output((TensorSpec(source, self.dtype, shape),), entry=self._source[source])
             if self.layout.quantization.kv_cache and name.endswith(".attention.qkv.weight"):
@@ -141,10 +137,18 @@ class HuggingFaceTensors:
         return {f"{module.name}.{suffix}": values for suffix, values in made.items()}
 
     def _built(self, module: Module) -> dict[str, Array]:
-        """What trtllm-build would make of the plain weight."""
-        weight = self._read(f"{module.name}.weight").astype(self.dtype)
-        codes, scales = built_codes(module.form, weight)
-        return {"weight": _packed(module, codes.astype(np.int8)), "weight_scale": scales[:, 0]}
+        """What trtllm-build would make of the plain weight, some rows at a time."""
+        entry = self._source[f"{module.name}.weight"]
+        outputs, inputs = entry.shape
+        codes, scales = np.empty((outputs, inputs), np.int8), np.empty(outputs, np.float32)
+        step = max(1, BLOCK // inputs)
+        for first in range(0, outputs, step):
+            rows = slice(first, min(first + step, outputs))
+            count = rows.stop - rows.start
+            weight = self._reader.elements(entry, first * inputs, count * inputs).reshape(count, inputs)
+            made, steps = built_codes(module.form, weight.astype(self.dtype))
+            codes[rows], scales[rows] = made, steps[:, 0]
+        return {"weight": _packed(module, codes), "weight_scale": scales}
 
     def _made(self, module: Module) -> dict[str, Array]:
         outputs = self.layout.shapes[f"{module.name}.weight"][0]
@@ -177,7 +181,9 @@ class HuggingFaceTensors:
         return np.ones(columns, self.dtype) if vector is None else vector.astype(self.dtype)
 
     def _cache_scales(self, attention: str, qkv: PlannedTensor) -> Output:
-        entry = self.layers[f"{attention}.kv_cache_scaling_factor"]
+        entry = self.layers.get(f"{attention}.kv_cache_scaling_factor")
+        if entry is None:
+            raise InputError(f"quantisation made no '{attention}.kv_cache_scaling_factor'", _ANEW)
         module = qkv.pieces[0].source.rsplit(".", 2)[0]
         names = [f"{module}.k_proj.k_scale", f"{module}.v_proj.v_scale"]
 
@@ -202,7 +208,7 @@ class HuggingFaceTensors:
                 if name.startswith(own)
             }
             if "weight" not in found:
-                raise InputError(f"quantisation made no '{own}weight'", "quantise the source anew")
+                raise InputError(f"quantisation made no '{own}weight'", _ANEW)
             if found["weight"].dtype == np.int8 and self.layout.quantization.format_of(linear.name).bits == 4:  # type: ignore[union-attr]
                 found["weight"] = unpack_int4(found["weight"])
             self._kept[linear.name] = found

@@ -277,3 +277,17 @@ def mlp_notes(source: Source, found: Survey, reader: Reader) -> list[str]:
         "mlp.fc and mlp.gate keep scales of their own: give trtllm-build --use_fused_mlp disable, or it rounds one of "
         "them to the other's scale"
     ]
+
+
+def dtype_notes(source: Source, found: Survey, dtype: str) -> list[str]:
+    """What users should know of int4 scales in another 16-bit dtype than the checkpoint's, a line."""
+    modules = [module for each in found.quantised for module, given in each.formats.items() if given.bits == 4]
+    suffixes = ("scales", "weight_scale")
+    stored = {
+        source.tensors[name].dtype.name
+        for name in (f"{module}.{suffix}" for module in modules for suffix in suffixes)
+        if name in source.tensors
+    }
+    if dtype == "bfloat16" and "float16" in stored:
+        return ["the scales are float16, which bfloat16 rounds: --dtype float16 keeps them"]
+    return []

@@ -34,7 +34,14 @@ from trtkit.convert.whole import gather, whole_tensors
 from trtkit.errors import InputError
 from trtkit.hf import Source
 from trtkit.quantize import imports
-from trtkit.quantize.import_formats import cache_notes, check_shared, decide, mlp_notes, target_generation
+from trtkit.quantize.import_formats import (
+    cache_notes,
+    check_shared,
+    decide,
+    dtype_notes,
+    mlp_notes,
+    target_generation,
+)
 from trtkit.quantize.import_linears import Account, Maker, Member, parts_of
 from trtkit.quantize.import_modules import Survey, survey
 from trtkit.quantize.imports import Scheme
@@ -89,7 +96,11 @@ def import_plan(source: Source, layout: Layout, *, gpu: str | None = None, requa
         found = survey(source, scheme, plain, reader)
         quantization = decide(source, found, scheme, plain, layout)
         check_shared(source, found, scheme, reader, requantize=requantize)
-        notes = [*cache_notes(source, found, scheme, reader), *mlp_notes(source, found, reader)]
+        notes = [
+            *cache_notes(source, found, scheme, reader),
+            *mlp_notes(source, found, reader),
+            *dtype_notes(source, found, plain["dtype"]),
+        ]
     sm = target_generation(source, quantization, plain, layout, gpu)
     packed = Packed(found.weights, found.tensors)
     plan = plan_conversion(source, replace(layout, quantization=quantization), packed=packed)

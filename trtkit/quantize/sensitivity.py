@@ -12,6 +12,7 @@ quantised linear runs on the same inputs. The size of dy alone would say how exa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,8 +160,11 @@ class _Run:
         return model
 
     def parts(self, which: str) -> Iterator[slice]:
+        """Batches of one size for all texts, since some models tell their layers how large a batch is."""
         samples, length = self.texts[which].shape
-        yield from batches(samples, max(1, BATCH_TOKENS // length))
+        common = math.gcd(*(len(text) for text in self.texts.values()))
+        fitting = [size for size in range(1, common + 1) if common % size == 0 and size * length <= BATCH_TOKENS]
+        yield from batches(samples, max(fitting, default=1))
 
     def states(self, which: str, layer: int) -> HiddenStates:
         """Of a text what goes into a layer; of `gradient` the loss's by what goes in of the held-out text."""
@@ -168,12 +172,14 @@ class _Run:
         return HiddenStates(self.folder / f"{which}-{layer}", shape, self.dtype)
 
     def embed(self, model: LayerwiseModel, which: str, *, write: bool = True) -> None:
+        """What goes into the first layer; always lets the model note what it tells its layers beside that."""
         states = self.states(which, 0)
-        for where in self.parts(which) if write else ():
-            states.write(where, model.embed(self._tokens(which, where)))
-        if write:
-            states.finish()
-        model.embed(self._tokens(which, slice(0, 1)))  # what the model tells its layers then fits batches of any size
+        for where in self.parts(which):
+            hidden = model.embed(self._tokens(which, where))
+            if not write:
+                return
+            states.write(where, hidden)
+        states.finish()
 
     def _tokens(self, which: str, where: slice) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(self.texts[which][where]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -97,7 +98,8 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     def source_of(architecture: str, dtype: str) -> hf.Source:
         return make_source(root / f"{architecture}-{dtype}", architecture, dtype)
 
-    @functools.cache
+    places = itertools.count()
+
     def make(
         architecture: str,
         form: str,
@@ -107,12 +109,24 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
         overrides: tuple[tuple[str, str], ...] = (),
         exclude: tuple[str, ...] = (),
     ) -> Made:
+        return made(architecture, form, dtype, group, kv_cache, overrides, exclude)
+
+    @functools.cache
+    def made(
+        architecture: str,
+        form: str,
+        dtype: str,
+        group: int | None,
+        kv_cache: str | None,
+        overrides: tuple[tuple[str, str], ...],
+        exclude: tuple[str, ...],
+    ) -> Made:
         source = source_of(architecture, dtype)
         asked = Quantization(
             form, group_size=group, kv_cache=kv_cache, overrides=dict(overrides), exclude=exclude,  # type: ignore[arg-type]
         )  # fmt: skip
         plan = plan_conversion(source, Layout(dtype=dtype, quantization=asked))
-        place = root / f"{architecture}-{form}-{dtype}-{group}-{kv_cache}-{len(overrides)}-{len(exclude)}"
+        place = root / str(next(places))
         layers: dict[str, TensorEntry] = {}
         if not FORMATS[form].weight_only:
             Quantizer(plan.config, source, TOKENS, place / "layers").run()
@@ -157,7 +171,7 @@ CASES = [
     ("LlamaForCausalLM", "fp8_rowwise", "float32", None, None),
     ("LlamaForCausalLM", "int8_wo", "float32", None, None),
     ("Qwen2ForCausalLM", "int4_awq", "float32", None, None),
-    ("Phi3ForCausalLM", "int4_awq", "float32", 64, "fp8"),
+    ("Phi3ForCausalLM", "int4_awq", "float32", 64, None),
     ("Phi3ForCausalLM", "fp8", "float32", None, None),
     ("Gemma2ForCausalLM", "int4_awq", "float32", None, None),
     ("Gemma2ForCausalLM", "w4a8_awq", "float32", None, None),
