@@ -16,9 +16,9 @@ unquantised model's; median CPU seconds of the quantisation (ours: of the whole 
 writing (all); peak resident memory above what the imports took, as median; costs also as multiples of ours. A
 difference of two means is a tie if it is no larger than the larger of the two standard deviations.
 
-ModelOpt quantises the weights anew for every batch, so it gets eight windows in one, which costs a fifth (awq_full) to
-a half (awq_lite) of the time that single windows do, and its files were no worse. Single windows cost less memory, so
---memory gives them those, and the model in its own dtype.
+ModelOpt quantises the weights anew for every batch, so peers get eight windows in one, with which its AWQ takes about
+half the time of single windows, and its files were no worse. Single windows take less memory, so --memory gives them
+those, and the model in its own dtype.
 
 ModelOpt comes with the extra `peer`. The others need environments of their own, since they pin what the rest of the
 project does not; 3 GB of disk with torch's CPU build, which on a machine without GPU is worth installing first:

@@ -8,7 +8,7 @@ Example:
 
     python examples/train_tiny.py --out examples/tiny-llama
 
-About 30 minutes on two idle cores. The same versions, processor and number of threads give the same weights.
+About 20 minutes on two idle cores. The same versions, processor and number of threads give the same weights.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     models = summary["base"]
     print("unquantised: " + ", ".join(f"{model} {value:.3f}" for model, value in models.items()))
     head = "".join(f"{model:>10}{'sd':>7}{'min':>8}{'max':>8}{'+%':>7}" for model in models)
-    print(f"{'':46}{head}{'CPU s':>9}{'x ours':>8}{'all':>8}{'MB':>7}{'x ours':>8}")
+    print(f"{'':54}{head}{'CPU s':>9}{'x ours':>8}{'all':>8}{'MB':>7}{'x ours':>8}")
     kind = None
     for row in summary["rows"]:
         if row["kind"] != kind:
@@ -101,7 +101,7 @@ def print_summary(summary: dict[str, Any]) -> None:
         ours = next((r for r in summary["rows"] if r["kind"] == kind and r["tool"] == "trtkit"), None)
         name = f"  {row['tool']} {row['method']} ({row['files']})"
         costs = _cost(row, ours, "cpu_s", "9.2f") + f"{row['all_cpu_s']:8.2f}" + _cost(row, ours, "growth_mb", "7.0f")
-        print(f"{name:46}{''.join(_cells(row['models'].get(model)) for model in models)}{costs}")
+        print(f"{name:54}{''.join(_cells(row['models'].get(model)) for model in models)}{costs}")
     for verdict in summary["verdicts"]:
         ratio = "-" if verdict["ratio"] is None else f"{100 * verdict['ratio']:.0f} %"
         print(

@@ -42,16 +42,33 @@ DECODER_TYPES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen", "Gemma
 
 @dataclass(frozen=True)
 class Case:
-    """One model, quantised once."""
+    """One model, quantised once.
+
+    Attributes:
+        kv_cache: `FP8` or `INT8`.
+        dtype: of the saved model.
+    """
 
     architecture: str
     form: str
     group: int | None = None
     kv_cache: str | None = None
+    dtype: str = "float32"
 
     def __str__(self) -> str:
-        parts = (self.architecture.removesuffix("ForCausalLM").lower(), self.form, self.group, self.kv_cache)
+        parts = (
+            self.architecture.removesuffix("ForCausalLM").lower(),
+            self.form,
+            self.group,
+            self.kv_cache,
+            self.dtype,
+        )
         return "-".join(str(part) for part in parts if part)
+
+    @property
+    def source(self) -> str:
+        """Name of the folder of the model."""
+        return f"{self.architecture}-{self.dtype}"
 
     @property
     def factors(self) -> bool:
@@ -80,7 +97,7 @@ def settings(architecture: str) -> dict[str, Any]:
 def run_modelopt(
     folder: Path, cases: list[Case], *, layouts: Mapping[int, str], huggingface: bool, one_scale: bool = False
 ) -> None:
-    """Fills a folder with sources (named by architecture) and for each case `{case}-tp{n}`, `{case}-hf`, and
+    """Fills a folder with sources (see `Case.source`) and for each case `{case}-tp{n}`, `{case}-hf`, and
     `{case}.vectors`.
 
     Args:
@@ -89,10 +106,10 @@ def run_modelopt(
     """
     jobs = [
         {
-            "source": str(folder / architecture),
-            "model": settings(architecture),
-            "dtype": "float32",
-            "decoder_type": DECODER_TYPES[architecture],
+            "source": str(folder / source),
+            "model": settings(source.split("-")[0]),
+            "dtype": source.split("-")[1],
+            "decoder_type": DECODER_TYPES[source.split("-")[0]],
             "quantizations": [
                 {
                     "config": CONFIGS[case.form],
@@ -107,10 +124,10 @@ def run_modelopt(
                     "vectors": str(folder / f"{case}.vectors"),
                 }
                 for case in cases
-                if case.architecture == architecture
+                if case.source == source
             ],
         }
-        for architecture in dict.fromkeys(case.architecture for case in cases)
+        for source in dict.fromkeys(case.source for case in cases)
     ]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, str(Path(__file__).with_name("quantized_modelopt.py")), str(folder / "jobs.json")]

@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from given_scales import ABSENT, ANY, Case, differing, make_layers, mean, read, run_modelopt
+import transformers
+from given_scales import ABSENT, ANY, Case, differing, make_layers, mean, read, run_modelopt, settings
 
 from trtkit import hf
 from trtkit.convert.conversion import Options
 from trtkit.convert.quantization import Quantization
 from trtkit.convert.source import Layout, plan_conversion
 from trtkit.quantize.huggingface import write_huggingface
+from trtkit.quantize.huggingface_layout import PRODUCER, HuggingFaceLayout, quantization_files
 
 pytestmark = [pytest.mark.peer, pytest.mark.xdist_group("peer")]
 
@@ -34,7 +36,14 @@ CASES = [
     Case("Qwen2ForCausalLM", "fp8"),
     Case("GemmaForCausalLM", "int4_awq", 128),
     Case("GemmaForCausalLM", "fp8"),
+    Case("LlamaForCausalLM", "fp8_rowwise", None, None, "bfloat16"),
 ]
+TWICE_ROUNDED = [
+    Case("LlamaForCausalLM", "int4_awq", 128, "FP8", "bfloat16"),
+    Case("LlamaForCausalLM", "w4a8_awq", 128, None, "bfloat16"),
+    Case("LlamaForCausalLM", "fp8", None, "FP8", "bfloat16"),
+]
+"""Here ModelOpt multiplies or divides weights in bfloat16 before it rounds them to fewer bits, and we in float32."""
 FUSED = {
     "attention.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
     "attention.dense": ["self_attn.o_proj"],
@@ -82,7 +91,7 @@ ALLOWED = (
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unified")
-    run_modelopt(folder, CASES, layouts={}, huggingface=True, one_scale=True)
+    run_modelopt(folder, CASES + TWICE_ROUNDED, layouts={}, huggingface=True, one_scale=True)
     return folder
 
 
@@ -98,15 +107,58 @@ def test_checkpoint_equals_that_of_model_optimizer(case: Case, exports: Path, tm
             assert value == allowed or (allowed == ANY and value != ABSENT), (key, row.reason)
 
 
+@pytest.mark.parametrize("case", TWICE_ROUNDED, ids=str)
+def test_tensors_have_the_names_shapes_and_dtypes_of_model_optimizer(case: Case, exports: Path, tmp_path: Path) -> None:
+    write(case, exports, tmp_path)
+    found = [
+        {name: (values.dtype, values.shape) for name, values in read(folder / "model.safetensors").items()}
+        for folder in (tmp_path / "ours", exports / f"{case}-hf")
+    ]
+    assert found[0] == found[1]
+
+
+def test_mixed_precision_is_described_as_model_optimizer_does(tmp_path: Path) -> None:
+    """It exports none on a CPU in a test's time, so its own functions are asked what they would write."""
+    quant_utils = pytest.importorskip("modelopt.torch.export.quant_utils")
+    convert = pytest.importorskip("modelopt.torch.export.convert_hf_config").convert_hf_quant_config_format
+    save_pretrained(tmp_path / "source")
+    source = hf.open_source(tmp_path / "source")
+    overrides = {
+        "transformer.layers.0.mlp.proj": "fp8", "transformer.layers.1.attention.qkv": "w4a8_awq",
+        "transformer.layers.1.mlp.proj": "int8_wo",
+    }  # fmt: skip
+    asked = Quantization("int4_awq", overrides=overrides, kv_cache="fp8")
+    layout = HuggingFaceLayout(plan_conversion(source, Layout(quantization=asked)).config)
+    ours = quantization_files(layout)
+
+    layers: dict[str, Any] = {f"{name}.quantization": module.form.name for name, module in layout.modules.items()}
+    layers |= {f"{name}.awq_block_size": 128 for name in layout.modules}
+    theirs = {**quant_utils.process_layer_quant_config(layers), "kv_cache_quant_algo": "FP8"}
+    described = dict(ours["hf_quant_config.json"]["quantization"])
+    # TensorRT-LLM reads it of mixed precision too; ModelOpt does not write it there.
+    assert described.pop("exclude_modules") == ["lm_head"]
+    assert described == theirs
+    inline = convert({"quantization": theirs, "producer": PRODUCER})
+    assert inline.pop("ignore") == []
+    assert {key: value for key, value in ours["quantization_config"].items() if key != "ignore"} == inline
+    assert ours["quant_cfg.json"] == theirs
+
+
+def save_pretrained(folder: Path) -> None:
+    wanted = settings("LlamaForCausalLM")
+    model_class = getattr(transformers, wanted.pop("architecture"))
+    model_class(model_class.config_class(**wanted)).save_pretrained(folder)
+
+
 def test_no_row_is_for_nothing() -> None:
     assert all(any(row.when(case) for case in CASES) for row in ALLOWED)
 
 
 def write(case: Case, exports: Path, folder: Path) -> None:
-    source = hf.open_source(exports / case.architecture)
+    source = hf.open_source(exports / case.source)
     kv_cache: Any = case.kv_cache.lower() if case.kv_cache else None
     asked = Quantization(case.form, group_size=case.group, kv_cache=kv_cache)
-    plan = plan_conversion(source, Layout(dtype="float32", quantization=asked))
+    plan = plan_conversion(source, Layout(dtype=case.dtype, quantization=asked))
     layers = make_layers(plan.config, source, given_scales(case, exports), folder / "layers")
     (folder / "ours").mkdir()
     write_huggingface(plan.config, source, layers, folder / "ours", options=Options(sync=False))

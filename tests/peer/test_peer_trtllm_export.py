@@ -101,7 +101,7 @@ def test_no_row_is_for_nothing() -> None:
 
 def write(case: Case, tp: int, exports: Path, folder: Path) -> None:
     """Our checkpoint with ModelOpt's scales, by the way of every quantised conversion."""
-    source = hf.open_source(exports / case.architecture)
+    source = hf.open_source(exports / case.source)
     kv_cache: Any = case.kv_cache.lower() if case.kv_cache else None
     asked = Quantization(case.form, group_size=case.group, kv_cache=kv_cache)
     layout = Layout(tp=tp, dtype=LAYOUTS[tp], parallel_embedding="vocab", quantization=asked)

@@ -217,13 +217,13 @@ def join(weights: Sequence[IntegerWeight], parts: Sequence[Part], group: int | N
         scales.append(weight.scales[part.rows][:, places])
         offsets = np.zeros(weight.scales.shape, np.int8) if weight.zeros is None else weight.zeros
         zeros.append(offsets[part.rows][:, places])
-    offset = np.concatenate(zeros)
+    offset, factors = np.concatenate(zeros), weights[0].prequant
     return IntegerWeight(
         np.concatenate(codes),
         np.ascontiguousarray(np.concatenate(scales)),
         offset if offset.any() else None,
         weights[0].bits,
-        weights[0].prequant,
+        None if factors is None else factors[slice(*parts[0].columns)],
     )
 
 

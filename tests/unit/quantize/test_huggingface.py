@@ -32,6 +32,7 @@ from trtkit.quantize import imports
 from trtkit.quantize.calibration import Calibration
 from trtkit.quantize.huggingface import check_target, export, is_export, write_huggingface
 from trtkit.quantize.huggingface_layout import HuggingFaceLayout, quantization_files
+from trtkit.quantize.importing import import_plan, importing
 from trtkit.quantize.layer_files import layer_entries, layer_file
 from trtkit.quantize.pipeline import Quantizer
 from trtkit.safetensors_io import Reader, TensorEntry, read_header
@@ -218,8 +219,7 @@ def expected_values(made: Made, form: str) -> dict[str, Any]:
                 codes = unpack_int4(parts["weight"]).astype(np.float32)
                 values = codes * np.repeat(scales, codes.shape[1] // scales.shape[1], axis=1)
             else:
-                scales = parts.get("weights_scaling_factor", parts.get("per_channel_scale"))
-                assert scales is not None
+                scales = parts["per_channel_scale" if form == "fp8_rowwise" else "weights_scaling_factor"]
                 columns = scales[..., None] if scales.size > 1 else scales
                 values = parts["weight"].astype(np.float32) * columns
             for name, part in scatter(whole[f"{own}weight"], values, shapes):
@@ -315,6 +315,36 @@ def fill(model: Any, state: dict[str, torch.Tensor]) -> None:
         for name, values in state.items():
             places[name].copy_(values)
     assert len(state) == len(places)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "form", "dtype", "kv_cache", "changed"),
+    [
+        ("LlamaForCausalLM", "fp8", "bfloat16", "fp8", ()),
+        ("LlamaForCausalLM", "int4_awq", "float16", "fp8", ("layernorm.weight", "prequant_scaling_factor")),
+        ("LlamaForCausalLM", "w4a8_awq", "float16", None, ("layernorm.weight", "prequant_scaling_factor")),
+    ],
+)
+def test_it_converts_to_the_checkpoint_that_was_made_beside_it(
+    architecture: str, form: str, dtype: str, kv_cache: str | None, changed: tuple[str, ...], make: Make, tmp_path: Path
+) -> None:
+    """Of AWQ the factors have moved into norms."""
+    made = make(architecture, form, dtype, None, kv_cache)
+    source = hf.open_source(made.folder)
+    found = import_plan(source, Layout())
+    conversion.convert(
+        found.plan, source, tmp_path / "out", write=importing(found), options=conversion.Options(sync=False)
+    )
+    expected, imported = (read_header(folder / "rank0.safetensors") for folder in (made.checkpoint, tmp_path / "out"))
+    assert expected.keys() == imported.keys()
+    with Reader() as reader:
+        other = {
+            name
+            for name in expected
+            if reader.tensor(expected[name]).tobytes() != reader.tensor(imported[name]).tobytes()
+        }
+    assert all(name.endswith(changed) for name in other)
+    assert bool(other) == bool(changed)
 
 
 def test_files(make: Make) -> None:

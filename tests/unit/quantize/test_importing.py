@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,18 +14,22 @@ import ml_dtypes
 import numpy as np
 import pytest
 import quantized_models as models
+from hypothesis import given
+from hypothesis import strategies as st
 from quantized_files import Array, same_bits
 from quantized_models import FLOAT8, LLAMA, Format, make
 
 from trtkit import hf
 from trtkit.checkpoint import open_checkpoint
 from trtkit.convert.conversion import Options, convert
+from trtkit.convert.number_formats import Float8Weight, IntegerWeight
 from trtkit.convert.quantization import Quantization
 from trtkit.convert.readback import CheckpointReader, load_transformers_model, read_tensors
 from trtkit.convert.source import Layout, plan_conversion
 from trtkit.errors import InputError
+from trtkit.inspect.source import inspect_source
 from trtkit.quantize import imports
-from trtkit.quantize.import_linears import Account
+from trtkit.quantize.import_linears import Account, Part, join, shared_scale
 from trtkit.quantize.importing import Import, identity, import_plan, importing
 
 FORMATS: dict[str, tuple[Format, str, dict[str, Any]]] = {
@@ -568,3 +574,77 @@ def test_who_does_not_import_refuses(tmp_path: Path) -> None:
 def test_a_plain_source_is_none_of_its(tmp_path: Path, make_source: Callable[..., Path]) -> None:
     with pytest.raises(InputError, match="its weights are not quantised"):
         planned(make_source())
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq", "float8, dynamic", "modelopt int4"])
+def test_inspect_says_what_it_is_and_that_it_converts(name: str, tmp_path: Path) -> None:
+    make(tmp_path / "source", FORMATS[name][0])
+    report = inspect_source(tmp_path / "source")
+    assert report.convertible and report.problems == []
+    assert report.quantization is not None
+    method = name.split(maxsplit=1)[0].strip(",").replace("float8", "compressed-tensors")
+    assert method in str(report.quantization.method)
+    embeddings, layer = 2 * 64 * 256, 256 * (512 + 256) + 3 * 256 * 512 + 2 * 256
+    assert report.parameters == embeddings + 2 * layer + 256
+
+
+def test_inspect_says_why_it_does_not_convert(tmp_path: Path) -> None:
+    make(tmp_path / "source", models.gptq_of(32))
+    report = inspect_source(tmp_path / "source")
+    assert not report.convertible and "groups of 32" in report.problems[0].cause
+    assert report.quantization is not None and report.quantization.group_size == 32
+
+
+def test_scales_in_another_16_bit_dtype_are_told_before(tmp_path: Path) -> None:
+    make(tmp_path / "source", models.gptq_of())
+    assert "--dtype float16 keeps them" in planned(tmp_path / "source").notes[0]
+    assert planned(tmp_path / "source", dtype="float16").notes == []
+
+
+@given(
+    st.lists(st.tuples(st.floats(2**-20, 2**10, width=32), st.integers(-8, 8)), min_size=1, max_size=3), st.booleans()
+)
+def test_a_shared_scale_is_exact_or_the_largest(drawn: list[tuple[float, int]], alike: bool) -> None:
+    random = np.random.default_rng(len(drawn))
+    first = np.float32(drawn[0][0])
+    weights = []
+    for scale, power in drawn:
+        stored = np.concatenate([random.normal(0, 100, 64), random.normal(0, 1, 64)]).clip(-448, 448).astype(FLOAT8)
+        own = np.float32(first * 2.0**power) if alike else np.float32(scale)
+        weights.append(Float8Weight(stored[None], np.array([own])))
+    scale, exact = shared_scale(weights)
+    assert scale in [weight.scales[0] for weight in weights]
+    for weight in weights:
+        wide = weight.values.astype(np.float32) * weight.scales[0]
+        brought = (wide / scale).clip(-448, 448).astype(FLOAT8).astype(np.float32) * scale
+        if exact:
+            assert np.array_equal(brought, wide)
+        else:
+            assert scale == max(other.scales[0] for other in weights)
+            assert (np.abs(brought - wide) <= np.maximum(np.abs(wide) / 16, scale * 2.0**-10)).all()
+
+
+@given(st.integers(1, 3), st.sampled_from([64, 128]), st.sampled_from([1, 2]), st.booleans(), st.integers(0, 2**32 - 1))
+def test_joined_parts_keep_their_values(count: int, group: int, times: int, with_zeros: bool, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    columns = 2 * group * times
+    low, high = (0, columns) if seed % 2 else (group, columns)
+    weights, parts = [], []
+    for index in range(count):
+        codes = random.integers(-8, 8, (8, columns), np.int8)
+        scales = random.uniform(0.001, 0.1, (8, 2)).astype(np.float32)
+        zeros = random.integers(-8, 8, (8, 2), np.int8) if with_zeros and index else None
+        weights.append(IntegerWeight(codes, scales, zeros))
+        rows = slice(2, 7) if index % 2 else np.array([5, 0, 3])
+        parts.append(Part(str(index), rows, (low, high)))
+    joined = join(weights, parts, group)
+    expected = [weight.dequantize()[part.rows, low:high] for weight, part in zip(weights, parts, strict=True)]
+    assert joined.group_size == group
+    assert same_bits(joined.dequantize(), np.concatenate(expected))
+
+
+def test_it_needs_no_torch() -> None:
+    code = (
+        "import sys, trtkit.quantize.importing; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

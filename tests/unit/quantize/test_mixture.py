@@ -80,7 +80,6 @@ def test_formats_that_do_not_go_together_are_not_mixed(make_source: MakeSource, 
         names = ["int4_awq", "int8_wo", "fp8", "int8_sq", NONE]
         found = choose(source, config, tokens, tokens, names, 9.0, folder, group_size=64, target=target)
         held = [set(point.formats.values()) for point in found.front]
-        assert all({"int4_awq", "int8_wo"} <= each for each in held) is False
         together = any({"int4_awq", "int8_wo"} <= each or {"fp8", "int8_sq"} <= each for each in held)
         assert together != apart
         for point in found.front:
@@ -116,7 +115,7 @@ def test_formats_of_whole_blocks_are_refused(make_source: MakeSource, name: str)
 
 
 def test_what_cannot_be_reached_is_told_before_any_work(make_source: MakeSource) -> None:
-    assert "4 bits per weight cannot be reached: the least is 4.5" in nothing_runs(make_source, ["int4_awq", "fp8"], 4)
+    assert "4 bits per weight cannot be reached: the least is 4.354" in nothing_runs(make_source, ["int4_awq", "fp8"], 4)
     assert "no format" in nothing_runs(make_source, [NONE], 4)
     assert "one pipeline stage" in nothing_runs(make_source, ["fp8"], 9, pp=2)
     groups = nothing_runs(make_source, ["int4_awq", "fp8"], 5, shape={"intermediate_size": 192})
