@@ -5,17 +5,26 @@ Joins `trtkit.convert`, `trtkit.quantize` and `trtkit.evaluate` for the command 
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trtkit.convert.conversion import Conversion, Options, WriteRanks, check_target, convert, write_checkpoint
+from trtkit.convert.conversion import ACCURACY, Conversion, Options, WriteRanks, check_target, convert, write_checkpoint
 from trtkit.convert.plan import Plan, checkpoint_quantization
 from trtkit.convert.quantization import Quantization
+from trtkit.convert.source import Layout
 from trtkit.convert.support import Target, check_support, gpu_generation
 from trtkit.errors import missing_extra
-from trtkit.hf import Source
+from trtkit.hf import Source, open_source
+
+if TYPE_CHECKING:
+    from trtkit.quantize.calibration import Calibration
+    from trtkit.quantize.import_linears import Account
+    from trtkit.quantize.importing import Import
 
 OnStep = Callable[[str, str, int, int], None]
 """Told what is going on, in which unit (`bytes`, `layers`), and how much of it is done of how much."""
@@ -67,11 +76,15 @@ class Work:
     Attributes:
         write: makes and writes the ranks.
         options: those of the conversion, with what identifies the calibration.
+        calibration: the text; None where the format needs none.
+        device: where layers run.
         measure: called with the finished folder before it is published.
     """
 
     write: WriteRanks | None
     options: Options
+    calibration: Calibration | None
+    device: str
     measure: Callable[[Path], None]
 
 
@@ -93,7 +106,7 @@ def prepare(plan: Plan, source: Source, settings: Settings, options: Options, on
     from trtkit.quantize.conversion import identity, needs_calibration, quantizing
 
     device = str(usable_device(settings.device))
-    write = None
+    write = calibration = None
     if needs_calibration(quantization):
         calibration = load_tokens(
             source.path, settings.text, samples=settings.samples, length=settings.length, seed=settings.seed
@@ -101,7 +114,7 @@ def prepare(plan: Plan, source: Source, settings: Settings, options: Options, on
         write = quantizing(
             calibration, device=device, on_layer=lambda done, total: on_step("quantising", "layers", done, total)
         )
-        options = replace(options, quantization=identity(calibration))
+        options = dataclasses.replace(options, quantization=identity(calibration))
     held_out = None
     if settings.accuracy:
         held_out = load_tokens(
@@ -121,7 +134,7 @@ def prepare(plan: Plan, source: Source, settings: Settings, options: Options, on
                 on_progress=lambda done, total: on_step("measuring the accuracy", "layers", done, total),
             )
 
-    return Work(write, options, measured)
+    return Work(write, options, calibration, device, measured)
 
 
 def convert_quantized(
@@ -174,6 +187,89 @@ def write_quantized(
     )
     work.measure(folder)
     return _report(folder)
+
+
+def export_quantized(
+    plan: Plan,
+    source: Source,
+    out: Path,
+    settings: Settings,
+    *,
+    options: Options | None = None,
+    replace: bool = False,
+    on_step: OnStep = lambda what, unit, done, total: None,
+) -> dict[str, Any]:
+    """A checkpoint in the Hugging Face layout for the `llmapi` runtime; the accuracy report, empty where its format is
+    one that the runtime quantises itself when it loads."""
+    from trtkit.quantize.huggingface import check_target as check_export
+    from trtkit.quantize.huggingface import export
+    from trtkit.quantize.huggingface_layout import HuggingFaceLayout
+
+    HuggingFaceLayout(plan.config)
+    check_export(out, source, replace=replace)
+    work = prepare(plan, source, settings, options or Options(), on_step)
+    calibrated = work.calibration is not None
+
+    def measured(folder: Path) -> None:
+        """Measured through the TRT-LLM checkpoint that the written files are equal to."""
+        if not (settings.accuracy and calibrated):
+            return
+        with tempfile.TemporaryDirectory(prefix="accuracy-", dir=folder.parent) as temporary:
+            checkpoint = Path(temporary) / "checkpoint"
+            import_quantized(open_source(folder), checkpoint, Layout(), options=Options(checksum=False, sync=False))
+            work.measure(checkpoint)
+            shutil.copyfile(checkpoint / ACCURACY, folder / ACCURACY)
+
+    export(
+        plan,
+        source,
+        out,
+        calibration=work.calibration,
+        device=work.device,
+        options=work.options,
+        replace=replace,
+        on_layer=lambda done, total: on_step("quantising", "layers", done, total),
+        on_progress=lambda done, total: on_step("writing the files", "bytes", done, total) if done else None,
+        on_written=measured,
+    )
+    return _report(out)
+
+
+def import_quantized(
+    source: Source,
+    out: Path,
+    layout: Layout,
+    *,
+    gpu: str | None = None,
+    requantize: bool = False,
+    options: Options | None = None,
+    replace: bool = False,
+    on_step: OnStep = lambda what, unit, done, total: None,
+) -> tuple[Import, Account]:
+    """A checkpoint of a source that somebody else quantised; what was decided, and what of it is not exact.
+
+    Raises:
+        InputError: no checkpoint can hold it exactly; says what can be done instead.
+    """
+    from trtkit.quantize.import_linears import Account
+    from trtkit.quantize.importing import identity, import_plan, importing
+
+    found, account = import_plan(source, layout, gpu=gpu, requantize=requantize), Account()
+    write = importing(
+        found,
+        on_layer=lambda done, total: on_step("reading the quantised weights", "layers", done, total),
+        on_account=account.add,
+    )
+    convert(
+        found.plan,
+        source,
+        out,
+        options=dataclasses.replace(options or Options(), quantization=identity(found)),
+        replace=replace,
+        on_progress=lambda done, total: on_step("writing the ranks", "bytes", done, total) if done else None,
+        write=write,
+    )
+    return found, account
 
 
 def _report(folder: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from trtkit.convert.conversion import Options
     from trtkit.convert.plan import Plan
     from trtkit.convert.quantization import Quantization
+    from trtkit.convert.source import Layout
     from trtkit.hf import Source
 
 FORMATS = ("int8_wo", "int4_wo", "int4_awq", "w4a8_awq", "int8_sq", "int8_sq_plugin", "fp8", "fp8_rowwise")
@@ -42,6 +43,16 @@ _OPTIONS = (
     click.option("--calibration-length", type=click.IntRange(2), help="Tokens in each.  [default: 512]"),
     click.option("--calibration-seed", default=0, show_default=True, help="Draws the windows."),
     click.option("--device", default="cpu", show_default=True, help="Where layers run: cpu, cuda, cuda:1 ..."),
+    click.option(
+        "--runtime",
+        default="tensorrtllm",
+        show_default=True,
+        type=click.Choice(["tensorrtllm", "llmapi"]),
+        help="What will serve: llmapi gets a quantised Hugging Face checkpoint instead of ranks.",
+    ),
+    click.option(
+        "--requantize", is_flag=True, help="Of a quantised FP8 source: allow q, k and v to be brought to one scale."
+    ),
     click.option("--gpu", help="The GPU that will serve, e.g. H100 or sm90: what it cannot run is refused at once."),
     click.option("--release", help="The Triton release that will serve, YY.MM: the same."),
     click.option("--held-out", metavar="TEXT", help="Text to measure the accuracy on, like --calibration."),
@@ -92,6 +103,7 @@ def check_asked(
     asked: Quantization,
     architecture: str,
     *,
+    runtime: str,
     gpu: str | None,
     release: str | None,
     limit: str | None,
@@ -114,13 +126,15 @@ def check_asked(
         if limit is not None or given:
             name = "max-perplexity-increase" if limit is not None else given[0].replace("_", "-")
             raise InputError(f"--{name} is about quantisation, which was not asked for", "add --quantization")
+        if runtime == "llmapi":
+            raise InputError("llmapi serves the source as it is: there is nothing to convert", "add --quantization")
         return
     if limit is not None:
         parse_limit(limit)
         if no_accuracy:
             raise InputError("--max-perplexity-increase needs the accuracy", "leave out --no-accuracy")
     version = releases.get(release).tensorrt_llm if release else None
-    check_runs(asked, architecture, tensorrt_llm=version, gpu=gpu)
+    check_runs(asked, architecture, runtime=runtime, tensorrt_llm=version, gpu=gpu)
 
 
 def convert_and_report(
@@ -138,8 +152,8 @@ def convert_and_report(
     """Converts, prints the accuracy report, and fails where it exceeds the limit. The checkpoint is then there anyway:
     its measurement may be wanted, and its hours are spent."""
     from trtkit.accuracy import check, rows
-    from trtkit.errors import CheckFailedError
-    from trtkit.quantized import Settings, convert_quantized
+    from trtkit.errors import CheckFailedError, InputError
+    from trtkit.quantized import Settings, convert_quantized, export_quantized
 
     settings = Settings(
         text=given["calibration"],
@@ -152,17 +166,77 @@ def convert_and_report(
     )
     started = time.monotonic()
     with progress_steps() as on_step:
-        found, report = convert_quantized(
-            plan, source, out, settings, options=options, replace=replace, on_step=on_step
-        )
-    summary |= {"seconds": round(time.monotonic() - started, 3), "resumed_bytes": found.resumed_bytes}
+        if given["runtime"] == "llmapi":
+            report = export_quantized(plan, source, out, settings, options=options, replace=replace, on_step=on_step)
+        else:
+            found, report = convert_quantized(
+                plan, source, out, settings, options=options, replace=replace, on_step=on_step
+            )
+            summary["resumed_bytes"] = found.resumed_bytes
+    summary["seconds"] = round(time.monotonic() - started, 3)
     if as_json:
         print_json(summary | {"accuracy": report})
     else:
         algo = summary["quantization"].get("quant_algo", "KV cache only")
         print_table(["accuracy", ""], rows(report), f"{summary['architecture']} {algo} -> {out}")
+    if limit is not None and not report.get("scores"):
+        raise InputError(
+            f"the accuracy of {out} cannot be measured: {given['quantization']} is made when it is loaded",
+            "leave out --max-perplexity-increase",
+        )
     try:
         check(report, limit)
     except CheckFailedError:
         note(f"{out} was written all the same")
         raise
+
+
+def import_and_report(
+    source: Source,
+    out: Path,
+    layout: Layout,
+    options: Options,
+    *,
+    replace: bool,
+    dry_run: bool,
+    as_json: bool,
+    gpu: str | None,
+    requantize: bool,
+    runtime: str,
+    **rest: Any,
+) -> None:
+    """Converts a source that somebody else quantised, and prints what was decided and what is not exact."""
+    from trtkit.convert.conversion import check_target
+    from trtkit.errors import InputError
+    from trtkit.quantize.importing import import_plan
+    from trtkit.quantized import import_quantized
+
+    if runtime == "llmapi":
+        raise InputError(
+            f"{source.path} is quantised already; trtkit makes checkpoints of ranks from it",
+            "use --runtime tensorrtllm, or quantise the original model with --runtime llmapi",
+        )
+    check_target(out, source, replace=replace)
+    if dry_run:
+        plan, lines, exact = (
+            (found := import_plan(source, layout, gpu=gpu, requantize=requantize)).plan,
+            found.notes,
+            None,
+        )
+        account: dict[str, Any] = {}
+    else:
+        with progress_steps() as on_step:
+            found, kept = import_quantized(
+                source, out, layout, gpu=gpu, requantize=requantize, options=options, replace=replace, on_step=on_step
+            )
+        plan, lines, exact, account = found.plan, found.notes, kept.exact, dict(vars(kept))
+    quantization = {key: value for key, value in plan.config["quantization"].items() if value is not None}
+    if as_json:
+        print_json({"out": str(out), "quantization": quantization, "exact": exact, "account": account, "notes": lines})
+        return
+    verdict = {None: "not converted yet", True: "every weight exactly as in the source", False: "not all weights exact"}
+    rows = [("format", str(quantization)), ("outcome", verdict[exact])]
+    rows += [(name, f"{count:,}") for name, count in account.items() if count]
+    print_table(["import", ""], rows, f"{plan.config['architecture']} -> {out}")
+    for line in lines:
+        note(f"note: {line}")

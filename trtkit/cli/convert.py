@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from trtkit.cli._common import dry_run_option, json_option, note, open_source, print_json, print_table, progress
-from trtkit.cli._quantization import asked_quantization, check_asked, convert_and_report, quantization_options
+from trtkit.cli._quantization import (
+    asked_quantization,
+    check_asked,
+    convert_and_report,
+    import_and_report,
+    quantization_options,
+)
 
 if TYPE_CHECKING:
     from trtkit.convert.conversion import Conversion
@@ -86,6 +92,8 @@ def command(
       trtkit convert meta-llama/Llama-3.1-8B ./checkpoint --revision main --tp 2 --pp 2
       trtkit convert ./Mixtral-8x7B ./checkpoint --tp 4 --ep 2 --dry-run
       trtkit convert ./Llama-3.1-8B ./int4 --quantization int4_awq --max-perplexity-increase 2%
+      trtkit convert ./Llama-3.1-8B ./fp8 --quantization fp8 --kv-cache fp8 --runtime llmapi
+      trtkit convert ./Llama-3.1-8B-GPTQ ./checkpoint --tp 2
     """
     if list_families:
         _print_families(as_json)
@@ -95,18 +103,22 @@ def command(
     from trtkit.convert.conversion import Options, WriteRanks, check_target, convert, write_here
     from trtkit.convert.quantization import Quantization
     from trtkit.convert.source import Layout, plan_conversion
+    from trtkit.hf_config import quantized_in
 
     opened = open_source(source, revision)
     asked = asked_quantization(**quantize)
-    check_asked(asked, opened.architecture, **quantize)
+    options = Options(checksum=not no_checksum, saturate=saturate, sync=not no_sync)
     layout = Layout(tp=tp, pp=pp, ep=ep, dtype=dtype, parallel_embedding=parallel_embedding, quantization=asked)
+    if quantized_in(opened.path, opened.config):
+        import_and_report(opened, out, layout, options, replace=force, dry_run=dry_run, as_json=as_json, **quantize)
+        return
+    check_asked(asked, opened.architecture, **quantize)
     plan = plan_conversion(opened, layout)
     check_target(out, opened, replace=force)
     summary = _summary(plan, opened.nbytes, out)
     if dry_run:
         _print(summary, plan, as_json)
         return
-    options = Options(checksum=not no_checksum, saturate=saturate, sync=not no_sync)
     if asked != Quantization():
         if ray is not None:
             raise click.UsageError("--ray spreads plain conversions only: leave out --quantization and --kv-cache")

@@ -621,7 +621,8 @@ def test_a_shared_scale_is_exact_or_the_largest(drawn: list[tuple[float, int]], 
             assert np.array_equal(brought, wide)
         else:
             assert scale == max(other.scales[0] for other in weights)
-            assert (np.abs(brought - wide) <= np.maximum(np.abs(wide) / 16, scale * 2.0**-10)).all()
+            half_step = np.maximum(np.abs(wide) / 16, scale * 2.0**-10)  # of float8, the latter where it is subnormal
+            assert (np.abs(brought - wide) <= half_step * (1 + 1e-6)).all()
 
 
 @given(st.integers(1, 3), st.sampled_from([64, 128]), st.sampled_from([1, 2]), st.booleans(), st.integers(0, 2**32 - 1))

@@ -120,8 +120,8 @@ def test_what_cannot_be_reached_is_told_before_any_work(make_source: MakeSource)
     assert "one pipeline stage" in nothing_runs(make_source, ["fp8"], 9, pp=2)
     groups = nothing_runs(make_source, ["int4_awq", "fp8"], 5, shape={"intermediate_size": 192})
     assert "cannot be reached" in groups
-    assert "groups of 128 do not divide the 192 input features of transformer.layers.0.mlp.proj" in groups
-    assert "mlp.proj" in nothing_runs(make_source, ["int4_awq"], 5, shape={"intermediate_size": 192})
+    assert "the 192 output features of transformer.layers.0.mlp.fc are no multiple of 128" in groups
+    assert "mlp.fc" in nothing_runs(make_source, ["int4_awq"], 5, shape={"intermediate_size": 192})
 
 
 def test_the_best_set_of_formats_wins(make_source: MakeSource) -> None:
