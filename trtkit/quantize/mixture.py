@@ -18,7 +18,7 @@ from trtkit.convert.support import ENGINE, REFERENCE, Target, check_support, sup
 from trtkit.errors import InputError
 from trtkit.hf import Source
 from trtkit.quantize.allocation import Allocation, Option, best, frontier
-from trtkit.quantize.pareto import NONE, Point
+from trtkit.quantize.pareto import NONE, Point, plot, rows
 from trtkit.quantize.sensitivity import Block, Damages, blocks, damages
 from trtkit.safetensors_io import DTYPES
 
@@ -42,6 +42,16 @@ class Choice:
     front: list[Point]
     uniform: list[Point]
     damages: Damages
+
+    @property
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """A table under `trtkit.quantize.pareto.HEADINGS`."""
+        return rows(self.front, self.chosen, self.uniform)
+
+    @property
+    def drawing(self) -> str:
+        """A self-contained SVG."""
+        return plot(self.front, self.chosen, self.uniform)
 
 
 Forms = list[list[Format | None]]

@@ -136,9 +136,9 @@ def _axes(x: _Linear, y: _Logarithmic) -> list[str]:
         parts.append(f'<line class="grid" x1="{at}" x2="{at}" y1="{_TOP}" y2="{bottom}"/>')
         parts.append(f'<text class="faint" x="{at}" y="{bottom + 18}" text-anchor="middle">{label}</text>')
     for value, label in y.ticks:
-        at = y(value)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text class="faint" x="{_LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{label}</text>')
+        top = y(value)
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{top:.1f}" y2="{top:.1f}"/>')
+        parts.append(f'<text class="faint" x="{_LEFT - 8}" y="{top + 4:.1f}" text-anchor="end">{label}</text>')
     parts.append(f'<path class="axis" fill="none" d="M{_LEFT} {_TOP}V{bottom}H{right}"/>')
     middle = (_LEFT + right) / 2
     parts.append(

@@ -115,7 +115,9 @@ def test_formats_of_whole_blocks_are_refused(make_source: MakeSource, name: str)
 
 
 def test_what_cannot_be_reached_is_told_before_any_work(make_source: MakeSource) -> None:
-    assert "4 bits per weight cannot be reached: the least is 4.354" in nothing_runs(make_source, ["int4_awq", "fp8"], 4)
+    assert "4 bits per weight cannot be reached: the least is 4.354" in nothing_runs(
+        make_source, ["int4_awq", "fp8"], 4
+    )
     assert "no format" in nothing_runs(make_source, [NONE], 4)
     assert "one pipeline stage" in nothing_runs(make_source, ["fp8"], 9, pp=2)
     groups = nothing_runs(make_source, ["int4_awq", "fp8"], 5, shape={"intermediate_size": 192})
@@ -167,6 +169,8 @@ def test_on_a_trained_model_it_is_better_than_chance(tmp_path: Path) -> None:
     assert chosen <= median(measured(formats, f"random{number}") for number, formats in enumerate(others))
     assert found.quantization == quantization(found.chosen.formats, 64)
     assert found.chosen in found.front
+    assert [row[0] for row in found.rows if row[3] == "<- chosen"] == [f"{found.chosen.bits:.3f}"]
+    assert f"chosen: {found.chosen.bits:.2f} bits" in found.drawing
     bits = {point.label: point.bits for point in found.uniform}
     assert set(bits) == set(CANDIDATES)
     assert bits["int4_awq"] < found.chosen.bits < bits["fp8"] < bits["int8_sq"] < bits[NONE] == 16
