@@ -55,18 +55,20 @@ class LayerwiseModel:
         self.layers: int = config["num_hidden_layers"]
         self.path, self._list = _layer_list(self.model, self.layers)
         self._modules = list(self._list)
-        self._calls: list[_Call] = []
+        self._calls: dict[int, list[_Call]] = {}
         self._returns_tuple = False
+        self._held: int | None = None
+        with self._without_layers():
+            self._shapes = [(parameter, parameter.shape) for parameter in self.model.parameters()]
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """What the first layer sees: (batch, length, hidden) of token ids (batch, length). Also notes what the model
-        tells its layers beside that, which depends on the length only: give every batch the same."""
-        self._fill_outside(0)
+        tells its layers beside that, for batches of this size: those that `run` gets later must have been seen here,
+        and all have one length."""
+        self._hold(0)
         recorders = [_Recorder(layer) for layer in self._modules]
-        outside = self._outside()
-        outside.to(self.device)
         calls = self._record(recorders, tokens.to(self.device))
-        self._calls = [(args[1:], kwargs) for args, kwargs in calls]
+        self._calls[len(tokens)] = [(args[1:], kwargs) for args, kwargs in calls]
         return calls[0][0][0]
 
     def load(self, layer: int) -> torch.nn.Module:
@@ -91,18 +93,21 @@ class LayerwiseModel:
         Args:
             changes: keyword arguments that the model gives its layers otherwise.
         """
-        args, kwargs = self._calls[layer]
+        args, kwargs = self._calls[len(hidden)][layer]
         known = {name: value for name, value in changes.items() if name in kwargs}
         output = self._modules[layer](hidden, *args, **(kwargs | known))
         return output if torch.is_tensor(output) else output[0]
 
-    def start_logits(self) -> None:
-        """Loads what follows the layers."""
-        self._fill_outside(self.layers + 1)
-        self._outside().to(self.device)
+    def release(self) -> None:
+        """Gives the memory of what is in front of the layers, or behind them, back; it is read again when needed."""
+        self._held = None
+        with self._without_layers():
+            for parameter in self.model.parameters():
+                parameter.data = torch.empty(0, dtype=parameter.dtype)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (batch, length, vocabulary), float32, of the last layer's output, after `embed` and `start_logits`."""
+        """Logits (batch, length, vocabulary), float32, of the last layer's output, after `embed`."""
+        self._hold(self.layers + 1)
         self._swap([_Feed(layer, (hidden,) if self._returns_tuple else hidden) for layer in self._modules])
         try:
             tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
@@ -153,16 +158,25 @@ class LayerwiseModel:
     def _base(self) -> Any:
         return self.model.base_model
 
-    def _outside(self) -> torch.nn.Module:
-        """The model without its layers."""
-        self._swap([])
-        return self.model
+    def _hold(self, unit: int) -> None:
+        """Has the weights of what is in front of the layers, or behind them, in memory and on the device."""
+        if self._held == unit:
+            return
+        with self._without_layers():
+            self.model.to("cpu")
+            for parameter, shape in self._shapes:
+                parameter.data = torch.empty(shape, dtype=self.dtype)  # pages that nobody writes to cost nothing
+            self._fill(parameter_places(self.model, self.architecture), self.weights(unit), missing=True)
+            self.model.to(self.device)
+        self._held = unit
 
-    def _fill_outside(self, unit: int) -> None:
+    @contextlib.contextmanager
+    def _without_layers(self) -> Iterator[None]:
         self._swap([])
-        places = parameter_places(self.model.to("cpu"), self.architecture)
-        self._fill(places, self.weights(unit), missing=True)
-        self._swap(self._modules)
+        try:
+            yield
+        finally:
+            self._swap(self._modules)
 
     def _fill(
         self, places: Mapping[str, Array], tensors: Iterable[tuple[str, Array]], *, missing: bool = False

@@ -78,6 +78,7 @@ def _through(
         for where in parts:
             states[0].write(where, model.embed(torch.from_numpy(np.ascontiguousarray(tokens[where]))))
         states[0].finish()
+        model.release()
         for layer in range(model.layers):
             on_layer(layer)
             module = model.load(layer)
@@ -104,7 +105,6 @@ def _rounded_cache(quantized: CheckpointReader, layer: int) -> dict[str, Rounded
 
 def _logits(model: LayerwiseModel, states: HiddenStates) -> Logits:
     """Logits of the windows in order: `score` asks for one batch after the other."""
-    model.start_logits()
     done = 0
 
     def logits(ids: torch.Tensor) -> torch.Tensor:

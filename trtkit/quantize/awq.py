@@ -14,6 +14,7 @@ A weight is (out_features, in_features), written (N, K); G is the Gram matrix (K
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,11 +25,13 @@ GRID = 20
 """Values of a in the search for factors."""
 CLIPS = tuple(1 - step / 40 for step in range(21))
 """Scales relative to the one that the largest weight of a group needs."""
-SEARCH_ROWS = 1024
+SEARCH_ROWS = 512
 """Outputs that the search for factors looks at, evenly spread: more change the choice no more."""
 DAMPING = 0.01
 TARGET_DAMPING = 0.05
 BLOCK = 128
+CHUNK = 8 << 20
+"""Elements of a weight that are worked at together: rows do not depend on each other, and temporaries are as large."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,11 @@ class Fitted:
 
     def weight(self) -> torch.Tensor:
         """float32 (N, K)."""
-        return _spread(self.codes.float(), self.scales) / self.factors
+        return _spread(self.codes.float(), self.scales).div_(self.factors)
+
+    def rows(self, which: slice) -> Fitted:
+        """Some outputs of it."""
+        return Fitted(self.codes[which], self.scales[which], self.factors)
 
 
 def fit(
@@ -77,10 +84,18 @@ def fit(
     chosen = search_factors(target, gram, magnitude, group, dtype) if factors else torch.ones_like(magnitude)
     fitted = _fit_scaled(target, gram, chosen, group, dtype, compensate)
     # Rounding to nearest without factors is the floor: a worse result is not kept.
-    plain = _nearest(target, torch.ones_like(magnitude), group, dtype)
-    return (
-        fitted if output_error(fitted.weight() - target, gram) <= output_error(plain.weight() - target, gram) else plain
-    )
+    ours = theirs = 0.0
+    for rows in _chunks(target):
+        part = target[rows]
+        ours += output_error(fitted.rows(rows).weight() - part, gram)
+        theirs += output_error(_nearest(part, torch.ones_like(magnitude), group, dtype).weight() - part, gram)
+    return fitted if ours <= theirs else _nearest(target, torch.ones_like(magnitude), group, dtype)
+
+
+def _chunks(weight: torch.Tensor) -> Iterator[slice]:
+    step = max(1, CHUNK // weight.shape[1])
+    for start in range(0, len(weight), step):
+        yield slice(start, start + step)
 
 
 def output_error(change: torch.Tensor, gram: torch.Tensor) -> float:
@@ -122,11 +137,21 @@ def _representable(factors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _fit_scaled(
     target: torch.Tensor, gram: torch.Tensor, factors: torch.Tensor, group: int, dtype: torch.dtype, compensate: bool
 ) -> Fitted:
-    scaled = target * factors
-    own = gram / factors[:, None] / factors
-    scales = clipped_scales(scaled, own, group, dtype)
-    codes = compensated_codes(scaled, own, scales) if compensate else nearest_codes(scaled, scales)
-    return Fitted(codes.to(torch.int8), scales, factors)
+    own = gram / factors[:, None]
+    own /= factors
+    # The most active inputs first, while there are still many others to mend what their rounding breaks.
+    order = torch.argsort(own.diagonal(), descending=True)
+    inverse = _inverse_factor(own[order][:, order]) if compensate else None
+    codes = torch.empty(target.shape, dtype=torch.int8, device=target.device)
+    scales = torch.empty(len(target), target.shape[1] // group, device=target.device)
+    for rows in _chunks(target):
+        scaled = target[rows] * factors
+        scales[rows] = clipped_scales(scaled, own, group, dtype)
+        if inverse is None:
+            codes[rows] = nearest_codes(scaled, scales[rows]).to(torch.int8)
+        else:
+            codes[rows] = compensated_codes(scaled, inverse, scales[rows], order)
+    return Fitted(codes, scales, factors)
 
 
 def _nearest(weight: torch.Tensor, factors: torch.Tensor, group: int, dtype: torch.dtype) -> Fitted:
@@ -166,39 +191,46 @@ def clipped_scales(weight: torch.Tensor, gram: torch.Tensor, group: int, dtype: 
     return best
 
 
-def compensated_codes(weight: torch.Tensor, gram: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Codes (N, K), float32, column by column in blocks; the scales are fixed before."""
-    weight = weight.clone()
+def compensated_codes(
+    weight: torch.Tensor, inverse: torch.Tensor, scales: torch.Tensor, order: torch.Tensor
+) -> torch.Tensor:
+    """Codes (N, K), int8, column by column in blocks; the scales are fixed before.
+
+    Args:
+        inverse: (K, K), the upper Cholesky factor of the inverse of the damped Gram matrix, in the order of columns.
+        order: (K,), the columns in the order in which they are rounded.
+    """
     columns = weight.shape[1]
-    group = columns // scales.shape[1]
-    inverse = _inverse_factor(gram)
-    codes = torch.empty_like(weight)
+    group_of = (order // (columns // scales.shape[1])).tolist()
+    left = weight[:, order].T.contiguous()  # transposed, a column is contiguous: this loop is all memory
+    codes = torch.empty(left.shape, dtype=torch.int8, device=left.device)
+    by_group = scales.T.contiguous()
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
-        # Transposed, a column is contiguous; this loop is all memory.
-        part = weight[:, start:stop].T.contiguous()
-        errors = torch.empty_like(part)
+        part, errors = left[start:stop], torch.empty_like(left[start:stop])
         for column in range(start, stop):
-            here, scale = part[column - start], scales[:, column // group]
+            here, scale = part[column - start], by_group[group_of[column]]
             code = (here / scale).round_().clamp_(INT4_MIN, INT4_MAX)
-            codes[:, column] = code
-            error = (here - code * scale) / inverse[column, column]
+            codes[column] = code
+            error = here.sub(code.mul_(scale)).div_(inverse[column, column])
             part[column - start + 1 :].addr_(inverse[column, column + 1 : stop], error, alpha=-1)
             errors[column - start] = error
-        weight[:, stop:].addmm_(errors.T, inverse[start:stop, stop:], alpha=-1)
-    return codes
+        left[stop:].addmm_(inverse[start:stop, stop:].T, errors, alpha=-1)
+    result = torch.empty_like(codes)
+    result[order] = codes
+    return result.T
 
 
 def _inverse_factor(gram: torch.Tensor) -> torch.Tensor:
     """Upper Cholesky factor of the inverse of the damped Gram matrix."""
     damping = DAMPING
     while True:
-        damped = _damped(gram, damping)
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        factor, failed = torch.linalg.cholesky_ex(_damped(gram, damping))
         if not failed:
-            inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+            factor = torch.cholesky_inverse(factor)
+            factor, failed = torch.linalg.cholesky_ex(factor, upper=True)
             if not failed:
-                return inverse
+                return factor
         damping *= 10  # inputs that depend on each other: more damping always ends it
 
 

@@ -26,12 +26,13 @@ class Effort:
     Attributes:
         factors: search factors per input (AWQ formats; SmoothQuant always does).
         compensate: compensate the error of rounding.
-        correct: aim at the outputs of the unquantised model although the inputs are those of the quantised one.
+        correct: let later layers see what the quantised earlier ones give them, and aim at the outputs of the
+            unquantised model all the same. It takes twice the time.
     """
 
     factors: bool = True
     compensate: bool = True
-    correct: bool = True
+    correct: bool = False
 
 
 def needs_gram(form: Format) -> bool:
@@ -43,7 +44,7 @@ def quantize_linears(
     group: int | None,
     linears: Sequence[Linear],
     weights: Sequence[torch.Tensor],
-    statistics: InputStatistics,
+    statistics: InputStatistics | None,
     dtype: torch.dtype,
     effort: Effort,
 ) -> list[dict[str, Array]]:
@@ -52,18 +53,24 @@ def quantize_linears(
 
     Args:
         weights: (N, K) or (experts, N, K) float32, of each linear.
+        statistics: of their inputs; None for formats that need none.
         dtype: that of the model.
 
     Returns:
         Suffix -> tensor, for each linear.
     """
-    joined = torch.cat([weight.reshape(-1, weight.shape[-1]) for weight in weights])  # experts: all rows together
-    if form.name in ("int4_awq", "w4a8_awq"):
+    rows = [weight.reshape(-1, weight.shape[-1]) for weight in weights]  # experts: all rows together
+    joined = torch.cat(rows) if len(rows) > 1 else rows[0]
+    if form.name == "fp8_rowwise":
+        made = _rowwise(joined)
+    elif statistics is None:
+        raise ValueError(f"{form.name} needs statistics of the inputs")
+    elif form.name in ("int4_awq", "w4a8_awq"):
         made = _int4(form, group or 128, joined, statistics, dtype, effort)
     elif form.name in ("int8_sq", "int8_sq_plugin"):
         made = _int8(form, linears[0].kind, joined, statistics, dtype)
     else:
-        made = _float8(form, joined, statistics, linears[0].experts)
+        made = _float8(joined, statistics, linears[0].experts)
     if linears[0].experts:
         return [_by_expert(made, linears[0].experts)]
     sizes = [linear.rows for linear in linears]
@@ -135,10 +142,12 @@ def _int8(
     return made
 
 
-def _float8(form: Format, weight: torch.Tensor, statistics: InputStatistics, experts: int) -> dict[str, Array]:
-    if form.name == "fp8_rowwise":
-        scales = (weight.abs().amax(1) / FLOAT8_MAX).clamp_min(FLOAT8_FLOOR)
-        return {"weight": _to_float8(weight / scales[:, None]), "per_channel_scale": scales.cpu().numpy()}
+def _rowwise(weight: torch.Tensor) -> dict[str, Array]:
+    scales = (weight.abs().amax(1) / FLOAT8_MAX).clamp_min(FLOAT8_FLOOR)
+    return {"weight": _to_float8(weight / scales[:, None]), "per_channel_scale": scales.cpu().numpy()}
+
+
+def _float8(weight: torch.Tensor, statistics: InputStatistics, experts: int) -> dict[str, Array]:
     # A scale per expert, or one for all linears that a kernel fuses.
     parts = weight.chunk(experts) if experts else [weight]
     scales = [_scale(part, FLOAT8_MAX) for part in parts]

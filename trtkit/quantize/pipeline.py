@@ -133,11 +133,11 @@ class Quantizer:
         done = 0
         while done < self.model.layers and layer_file(self.folder, done).is_file():
             done += 1
-        if done == self.model.layers:
+        if done == self.model.layers or not self._sees:
             return done
-        self._embed(write=False)
         for layer in range(done, 0, -1):
             if self._states("exact", layer).complete and self._states("rounded", layer).complete:
+                self._embed(write=False)
                 return layer
         self._embed(write=True)
         return 0
@@ -150,6 +150,14 @@ class Quantizer:
         return HiddenStates(path, (samples, length, self.config["hidden_size"]), self.model.dtype)
 
     @property
+    def _sees(self) -> bool:
+        """Whether anything depends on activations."""
+        return self.quantization.kv_cache is not None or any(
+            (form := self.quantization.format_of(linear.name)) is not None and form.calibrated
+            for linear in self._linears
+        )
+
+    @property
     def _corrects(self) -> bool:
         """Whether later layers see what the quantised earlier ones give them."""
         forms = [self.quantization.format_of(linear.name) for linear in self._linears]
@@ -160,16 +168,18 @@ class Quantizer:
         yield from batches(samples, max(1, BATCH_TOKENS // length))
 
     def _embed(self, *, write: bool) -> None:
+        """Makes what goes into the first layer, or only lets the model tell how it calls its layers."""
         states = self._states("exact", 0)
-        for where in self._batches() if write else [slice(0, 1)]:
+        parts = list(self._batches())
+        for where in parts if write else (parts[0], parts[-1]):  # the last one may be smaller
             hidden = self.model.embed(torch.from_numpy(np.ascontiguousarray(self.tokens[where])))
             if write:
                 states.write(where, hidden)
         if write:
             states.finish()
+        self.model.release()
 
     def _layer(self, layer: int) -> None:
-        module = self.model.load(layer)
         own = [linear for linear in self._linears if linear.layer == layer]
         forms = {linear.name: form for linear in own if (form := self.quantization.format_of(linear.name))}
         job = LayerJob(layer, own, forms)
@@ -177,13 +187,18 @@ class Quantizer:
         cache = CacheStatistics()
         last = layer == self.model.layers - 1
         finished = file.is_file()
-        self._collect(job, cache, keep=not finished, last=last)
+        if self._sees:
+            module = self.model.load(layer)
+            self._collect(job, cache, keep=not finished, last=last)
+        goes_on = self._corrects and not last
+        if not goes_on:
+            self.model.unload(layer)
         if finished:
-            roundings = self._restore(job, read_header(file))
+            roundings = self._restore(job, read_header(file)) if goes_on else {}
         else:
-            roundings = self._quantize(job, module, cache)
+            roundings = self._quantize(job, cache, goes_on=goes_on)
             self._save(job)
-        if self._corrects and not last:
+        if goes_on:
             round_linears(module, self.model.architecture, roundings, f"{self.model.path}.{layer}.")
             self._propagate(layer)
         self.model.unload(layer)
@@ -244,15 +259,19 @@ class Quantizer:
             # Which tokens an expert gets can differ between the streams, so there is nothing to correct by.
             known.add(values, None if exact is None or linear.experts else exact[linear.name])
 
-    def _quantize(self, job: LayerJob, module: torch.nn.Module, cache: CacheStatistics) -> dict[str, Any]:
-        """Fits the linears of a layer and puts what came out into the module; how their inputs are rounded."""
-        places = self.model.places(job.layer)
+    def _quantize(self, job: LayerJob, cache: CacheStatistics, *, goes_on: bool) -> dict[str, Any]:
+        """Fits the linears of a layer and, if the next one shall see it, puts what came out into the module; how their
+        inputs are rounded."""
+        places = self.model.places(job.layer) if goes_on else {}
         roundings: dict[str, Any] = {}
         for group in _groups(job.linears, job.forms):
             form = job.forms[group[0].name]
             wholes = [self.whole[f"{linear.name}.weight"] for linear in group]
             weights = [gather(whole, self.source.read) for whole in wholes]
-            statistics = job.statistics[group[0].name]
+            # Each has its matrices until its linears are done, since they are the largest things in memory.
+            known = [job.statistics.pop(linear.name, None) for linear in group]
+            statistics = known[0]
+            del known
             made = quantize_linears(
                 form, self.quantization.group_size, group,
                 [torch.from_numpy(weight).to(self.device) for weight in weights], statistics, self.dtype, self.effort,
@@ -281,7 +300,7 @@ class Quantizer:
         effective = dequantize(form, tensors, self._numpy_dtype)
         if smoothing is not None:
             effective = effective / smoothing  # the module still has the unscaled norm
-        for name, values in scatter(whole, effective, self.shapes):
+        for name, values in scatter(whole, effective, self.shapes) if places else ():
             _fill_part(places[name], values, whole, name)
         rounding = input_rounding(form, tensors)
         return {} if rounding is None else {piece.source: rounding for piece in whole.pieces}, effective
@@ -387,12 +406,16 @@ def _groups(found: Sequence[Linear], forms: Mapping[str, Format]) -> Iterator[li
             yield together
 
 
-def _snr(form: Format, effective: Array, weight: Array, statistics: InputStatistics) -> float | None:
-    if not needs_gram(form):
+def _snr(form: Format, effective: Array, weight: Array, statistics: InputStatistics | None) -> float | None:
+    if statistics is None or not needs_gram(form):
         return None
-    exact = torch.from_numpy(weight).to(statistics.largest.device)
-    change = torch.from_numpy(effective).to(exact.device) - exact
-    noise, signal = output_error(change, statistics.gram), output_error(exact, statistics.gram)
+    device = statistics.largest.device
+    rows = weight.reshape(-1, weight.shape[-1])
+    after, noise, signal = effective.reshape(rows.shape), 0.0, 0.0
+    for where in batches(len(rows), 2048):
+        exact = torch.from_numpy(rows[where]).to(device)
+        noise += output_error(torch.from_numpy(after[where]).to(device) - exact, statistics.gram)
+        signal += output_error(exact, statistics.gram)
     return float(10 * np.log10(signal / max(noise, 1e-30))) if signal > 0 else None
 
 

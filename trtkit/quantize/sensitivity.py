@@ -202,7 +202,6 @@ def _forward(run: _Run, seed: int) -> None:
             after.write(where, model.run(layer, run.states("held-out", layer).read(where, run.device)))
         after.finish()
         model.unload(layer)
-    model.start_logits()
     generator = torch.Generator(run.device).manual_seed(seed)
     gradients = run.states("gradient", run.layers)
     for window in range(len(run.texts["held-out"])):  # one at a time: logits are large

@@ -28,6 +28,7 @@ class InputStatistics:
         self._magnitudes = torch.zeros(columns, device=device)
         self._gram = torch.zeros(columns, columns, device=device) if gram else None
         self._cross: torch.Tensor | None = None
+        self._averaged = False
 
     def add(self, inputs: torch.Tensor, exact: torch.Tensor | None = None) -> None:
         """Counts inputs (..., columns).
@@ -35,6 +36,8 @@ class InputStatistics:
         Args:
             exact: what the same inputs are in the unquantised model, if they differ.
         """
+        if self._averaged:
+            raise ValueError("the sums were averaged already")
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
         self.tokens += len(rows)
         magnitudes = rows.abs()
@@ -55,15 +58,25 @@ class InputStatistics:
 
     @property
     def gram(self) -> torch.Tensor:
-        """X^T X / tokens."""
+        """X^T X / tokens. Once it was asked for nothing can be added."""
         if self._gram is None:
             raise ValueError("no Gram matrix was kept")
-        return self._gram / max(1, self.tokens)
+        self._average()
+        return self._gram
 
     @property
     def cross(self) -> torch.Tensor | None:
         """Y^T X / tokens with Y the inputs in the unquantised model; None where these are the same."""
-        return None if self._cross is None else self._cross / max(1, self.tokens)
+        self._average()
+        return self._cross
+
+    def _average(self) -> None:
+        """Divides the matrices by the tokens, in place: they are the largest things in memory."""
+        if not self._averaged:
+            self._averaged = True
+            for matrix in (self._gram, self._cross):
+                if matrix is not None:
+                    matrix.div_(max(1, self.tokens))
 
     @property
     def finite(self) -> bool:

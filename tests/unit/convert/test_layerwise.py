@@ -31,11 +31,11 @@ def test_layer_by_layer_gives_the_same_logits(name: str, make_model: Callable[[s
     with SourceReader(source, config) as weights, torch.inference_mode():
         model = LayerwiseModel(config, weights.tensors)
         hidden = model.embed(tokens)
+        model.release()
         for layer in range(model.layers):
             model.load(layer)
             hidden = model.run(layer, hidden)
             model.unload(layer)
-        model.start_logits()
         found = model.logits(hidden)
         original: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         expected = original.eval()(tokens).logits
