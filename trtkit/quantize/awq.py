@@ -137,21 +137,22 @@ def _representable(factors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _fit_scaled(
     target: torch.Tensor, gram: torch.Tensor, factors: torch.Tensor, group: int, dtype: torch.dtype, compensate: bool
 ) -> Fitted:
-    own = gram / factors[:, None]
-    own /= factors
-    # The most active inputs first, while there are still many others to mend what their rounding breaks.
-    order = torch.argsort(own.diagonal(), descending=True)
-    inverse = _inverse_factor(own[order][:, order]) if compensate else None
+    own = scaled_gram(gram, factors)
+    rounding = Compensation(own) if compensate else None
     codes = torch.empty(target.shape, dtype=torch.int8, device=target.device)
     scales = torch.empty(len(target), target.shape[1] // group, device=target.device)
     for rows in _chunks(target):
         scaled = target[rows] * factors
         scales[rows] = clipped_scales(scaled, own, group, dtype)
-        if inverse is None:
-            codes[rows] = nearest_codes(scaled, scales[rows]).to(torch.int8)
-        else:
-            codes[rows] = compensated_codes(scaled, inverse, scales[rows], order)
+        nearest = nearest_codes(scaled, scales[rows]).to(torch.int8) if rounding is None else None
+        codes[rows] = rounding.codes(scaled, scales[rows]) if rounding is not None else nearest
     return Fitted(codes, scales, factors)
+
+
+def scaled_gram(gram: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """The Gram matrix of inputs that are divided by factors."""
+    own = gram / factors[:, None]
+    return own.div_(factors)
 
 
 def _nearest(weight: torch.Tensor, factors: torch.Tensor, group: int, dtype: torch.dtype) -> Fitted:
@@ -191,34 +192,41 @@ def clipped_scales(weight: torch.Tensor, gram: torch.Tensor, group: int, dtype: 
     return best
 
 
-def compensated_codes(
-    weight: torch.Tensor, inverse: torch.Tensor, scales: torch.Tensor, order: torch.Tensor
-) -> torch.Tensor:
-    """Codes (N, K), int8, column by column in blocks; the scales are fixed before.
+class Compensation:
+    """Rounding with compensation of weights that share their inputs.
 
     Args:
-        inverse: (K, K), the upper Cholesky factor of the inverse of the damped Gram matrix, in the order of columns.
-        order: (K,), the columns in the order in which they are rounded.
+        gram: (K, K), of the inputs as the weights see them.
+        low, high: the smallest and largest code.
     """
-    columns = weight.shape[1]
-    group_of = (order // (columns // scales.shape[1])).tolist()
-    left = weight[:, order].T.contiguous()  # transposed, a column is contiguous: this loop is all memory
-    codes = torch.empty(left.shape, dtype=torch.int8, device=left.device)
-    by_group = scales.T.contiguous()
-    for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
-        part, errors = left[start:stop], torch.empty_like(left[start:stop])
-        for column in range(start, stop):
-            here, scale = part[column - start], by_group[group_of[column]]
-            code = (here / scale).round_().clamp_(INT4_MIN, INT4_MAX)
-            codes[column] = code
-            error = here.sub(code.mul_(scale)).div_(inverse[column, column])
-            part[column - start + 1 :].addr_(inverse[column, column + 1 : stop], error, alpha=-1)
-            errors[column - start] = error
-        left[stop:].addmm_(inverse[start:stop, stop:].T, errors, alpha=-1)
-    result = torch.empty_like(codes)
-    result[order] = codes
-    return result.T
+
+    def __init__(self, gram: torch.Tensor, low: int = INT4_MIN, high: int = INT4_MAX) -> None:
+        # The most active inputs first, while there are still many others to mend what their rounding breaks.
+        self.order = torch.argsort(gram.diagonal(), descending=True)
+        self.inverse = _inverse_factor(gram[self.order][:, self.order])
+        self.low, self.high = low, high
+
+    def codes(self, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """Codes int8 (N, K) of a weight (N, K), column by column in blocks, for fixed scales (N, K / group)."""
+        columns = weight.shape[1]
+        group_of = (self.order // (columns // scales.shape[1])).tolist()
+        left = weight[:, self.order].T.contiguous()  # transposed, a column is contiguous: this loop is all memory
+        codes = torch.empty(left.shape, dtype=torch.int8, device=left.device)
+        by_group = scales.T.contiguous()
+        for start in range(0, columns, BLOCK):
+            stop = min(start + BLOCK, columns)
+            part, errors = left[start:stop], torch.empty_like(left[start:stop])
+            for column in range(start, stop):
+                here, scale = part[column - start], by_group[group_of[column]]
+                code = (here / scale).round_().clamp_(self.low, self.high)
+                codes[column] = code
+                error = here.sub(code.mul_(scale)).div_(self.inverse[column, column])
+                part[column - start + 1 :].addr_(self.inverse[column, column + 1 : stop], error, alpha=-1)
+                errors[column - start] = error
+            left[stop:].addmm_(self.inverse[start:stop, stop:].T, errors, alpha=-1)
+        result = torch.empty_like(codes)
+        result[self.order] = codes
+        return result.T
 
 
 def _inverse_factor(gram: torch.Tensor) -> torch.Tensor:

@@ -68,7 +68,7 @@ def quantize_linears(
     elif form.name in ("int4_awq", "w4a8_awq"):
         made = _int4(form, group or 128, joined, statistics, dtype, effort)
     elif form.name in ("int8_sq", "int8_sq_plugin"):
-        made = _int8(form, linears[0].kind, joined, statistics, dtype)
+        made = _int8(form, linears[0].kind, joined, statistics, dtype, effort)
     else:
         made = _float8(joined, statistics, linears[0].experts)
     if linears[0].experts:
@@ -125,12 +125,18 @@ def _int4(
 
 
 def _int8(
-    form: Format, kind: str, weight: torch.Tensor, statistics: InputStatistics, dtype: torch.dtype
+    form: Format, kind: str, weight: torch.Tensor, statistics: InputStatistics, dtype: torch.dtype, effort: Effort
 ) -> dict[str, Array]:
     plugin = form.name == "int8_sq_plugin"
     factors = smoothquant.smoothing(weight, statistics, dtype=dtype, per_token=plugin)
-    scales = smoothquant.row_scales(weight * factors)
-    made = {"weight": smoothquant.row_codes(weight * factors, scales).cpu().numpy()}
+    scaled = weight * factors
+    scales = smoothquant.row_scales(scaled)
+    if effort.compensate:
+        rounding = awq.Compensation(awq.scaled_gram(statistics.gram, factors), -128, 127)
+        codes = rounding.codes(scaled, scales[:, None])
+    else:
+        codes = smoothquant.row_codes(scaled, scales)
+    made = {"weight": np.ascontiguousarray(codes.cpu().numpy())}
     if not plugin:
         made["weights_scaling_factor"] = scales.cpu().numpy()
         made["prequant_scaling_factor"] = _prequant(factors, dtype).cpu().numpy()

@@ -2,14 +2,15 @@
 
 Inputs are divided by s and weights multiplied by it, s = x^a / w^(1-a) with x and w the largest magnitudes per input.
 The share a is searched per linear: rounding the weights costs tr(E G E^T), exactly; rounding an input to steps of size
-d adds noise of variance d^2 / 12, which each column of the scaled weight passes on.
+d adds noise of variance d^2 / 12 (or of the input itself, where that is less), which each column of the scaled weight
+passes on.
 """
 
 from __future__ import annotations
 
 import torch
 
-from trtkit.quantize.awq import output_error
+from trtkit.quantize.awq import SEARCH_ROWS, output_error
 from trtkit.quantize.statistics import InputStatistics
 
 GRID = 20
@@ -26,13 +27,16 @@ def smoothing(
         per_token: every token has its own step (typically below that of the largest input seen).
     """
     largest_weight = weight.abs().amax(0)
+    weight = weight[:: max(1, -(-len(weight) // SEARCH_ROWS))]
     best, least = torch.ones_like(largest_weight), float("inf")
     for candidate in _candidates(statistics.largest, largest_weight):
         factors = 1 / (1 / candidate).to(dtype).float()
         scaled = weight * factors
         change = round_rows(scaled) / factors - weight
         step = (statistics.mean_magnitude if per_token else statistics.largest).div(factors).max() / LEVELS
-        noise = float(step**2 / 12 * scaled.square().sum())
+        # An input that is smaller than a step is lost: its error is the input itself.
+        per_input = torch.minimum(step**2 / 12, statistics.gram.diagonal() / factors**2)
+        noise = float((per_input * scaled.square().sum(0)).sum())
         error = output_error(change, statistics.gram) + noise
         if error < least:
             best, least = factors, error

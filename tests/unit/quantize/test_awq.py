@@ -39,7 +39,7 @@ def nearest(weight: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tenso
 
 
 def codes_of(weight: torch.Tensor, gram: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    return awq.compensated_codes(weight, awq._inverse_factor(gram), scales, torch.arange(weight.shape[1])).float()
+    return awq.Compensation(gram).codes(weight, scales).float()
 
 
 @settings(max_examples=25, deadline=None)
