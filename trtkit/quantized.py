@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from trtkit.convert.conversion import ACCURACY, Conversion, Options, WriteRanks, check_target, convert, write_checkpoint
 from trtkit.convert.plan import Plan, checkpoint_quantization
-from trtkit.convert.quantization import Quantization
-from trtkit.convert.source import Layout
+from trtkit.convert.quantization import KVCache, Quantization
+from trtkit.convert.source import Layout, plan_conversion
 from trtkit.convert.support import Target, check_support, gpu_generation
 from trtkit.errors import missing_extra
 from trtkit.hf import Source, open_source
@@ -25,11 +25,14 @@ if TYPE_CHECKING:
     from trtkit.quantize.calibration import Calibration
     from trtkit.quantize.import_linears import Account
     from trtkit.quantize.importing import Import
+    from trtkit.quantize.mixture import Choice
 
 OnStep = Callable[[str, str, int, int], None]
 """Told what is going on, in which unit (`bytes`, `layers`), and how much of it is done of how much."""
 
 EVALUATION_SAMPLES = 64
+CHOICE_TOKENS = 4096
+"""Held-out tokens that formats are chosen by."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Settings:
         device: where layers run.
         accuracy: measure what quantisation cost.
         held_out: text for that; None is the built-in one.
+        thorough: let later layers see, and mend, what the quantisation of earlier ones does; it takes twice the time.
     """
 
     text: str | None = None
@@ -50,6 +54,7 @@ class Settings:
     device: str = "cpu"
     accuracy: bool = True
     held_out: str | None = None
+    thorough: bool = False
 
 
 def check_runs(
@@ -104,6 +109,7 @@ def prepare(plan: Plan, source: Source, settings: Settings, options: Options, on
     from trtkit.evaluate.models import usable_device
     from trtkit.quantize.calibration import load_tokens
     from trtkit.quantize.conversion import identity, needs_calibration, quantizing
+    from trtkit.quantize.fit import Effort
 
     device = str(usable_device(settings.device))
     write = calibration = None
@@ -111,10 +117,14 @@ def prepare(plan: Plan, source: Source, settings: Settings, options: Options, on
         calibration = load_tokens(
             source.path, settings.text, samples=settings.samples, length=settings.length, seed=settings.seed
         )
+        effort = Effort(correct=settings.thorough)
         write = quantizing(
-            calibration, device=device, on_layer=lambda done, total: on_step("quantising", "layers", done, total)
+            calibration,
+            effort=effort,
+            device=device,
+            on_layer=lambda done, total: on_step("quantising", "layers", done, total),
         )
-        options = dataclasses.replace(options, quantization=identity(calibration))
+        options = dataclasses.replace(options, quantization=identity(calibration, effort))
     held_out = None
     if settings.accuracy:
         held_out = load_tokens(
@@ -189,6 +199,60 @@ def write_quantized(
     return _report(folder)
 
 
+def choose_formats(
+    source: Source,
+    layout: Layout,
+    settings: Settings,
+    target: Target,
+    target_bits: float,
+    *,
+    kv_cache: KVCache | None = None,
+    on_step: OnStep = lambda what, unit, done, total: None,
+) -> Choice:
+    """Chooses a format for every linear by what it would do to the model's predictions.
+
+    Args:
+        layout: without quantisation.
+        target: what cannot run there is not chosen.
+        target_bits: average bits per weight of the layers' linears, scales included.
+
+    Raises:
+        InputError: the bits cannot be reached, or the model or the layout has no mixed precision.
+        LacksError: torch is not installed.
+    """
+    plan = plan_conversion(source, layout)
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        raise missing_extra("torch", "torch") from None
+    from trtkit.evaluate.models import usable_device
+    from trtkit.quantize.calibration import load_tokens
+    from trtkit.quantize.mixture import CANDIDATES, choose
+
+    calibration = load_tokens(
+        source.path, settings.text, samples=settings.samples, length=settings.length, seed=settings.seed
+    )
+    # Other windows than those that the accuracy is measured on.
+    windows = max(1, CHOICE_TOKENS // calibration.length)
+    held_out = load_tokens(
+        source.path, samples=windows, length=calibration.length, seed=settings.seed + 1, held_out=True
+    )
+    with tempfile.TemporaryDirectory(prefix="trtkit-choice-") as folder:
+        return choose(
+            source,
+            plan.config,
+            calibration.tokens,
+            held_out.tokens,
+            CANDIDATES,
+            target_bits,
+            Path(folder),
+            kv_cache=kv_cache,
+            target=target,
+            device=str(usable_device(settings.device)),
+            on_layer=lambda done, total: on_step("trying formats", "layers", done, total),
+        )
+
+
 def export_quantized(
     plan: Plan,
     source: Source,
@@ -201,6 +265,7 @@ def export_quantized(
 ) -> dict[str, Any]:
     """A checkpoint in the Hugging Face layout for the `llmapi` runtime; the accuracy report, empty where its format is
     one that the runtime quantises itself when it loads."""
+    from trtkit.quantize.fit import Effort
     from trtkit.quantize.huggingface import check_target as check_export
     from trtkit.quantize.huggingface import export
     from trtkit.quantize.huggingface_layout import HuggingFaceLayout
@@ -209,6 +274,7 @@ def export_quantized(
     check_export(out, source, replace=replace)
     work = prepare(plan, source, settings, options or Options(), on_step)
     calibrated = work.calibration is not None
+    effort = Effort(correct=settings.thorough)
 
     def measured(folder: Path) -> None:
         """Measured through the TRT-LLM checkpoint that the written files are equal to."""
@@ -225,6 +291,7 @@ def export_quantized(
         source,
         out,
         calibration=work.calibration,
+        effort=effort,
         device=work.device,
         options=work.options,
         replace=replace,

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from trtkit.convert.quantization import Quantization
     from trtkit.convert.source import Layout
     from trtkit.hf import Source
+    from trtkit.quantized import Settings
 
+TARGET_BITS = 5.0
 FORMATS = ("int8_wo", "int4_wo", "int4_awq", "w4a8_awq", "int8_sq", "int8_sq_plugin", "fp8", "fp8_rowwise")
 
 _OPTIONS = (
@@ -35,6 +37,11 @@ _OPTIONS = (
         multiple=True,
         metavar="NAME=FORMAT",
         help="Another format for one linear, by its name.",
+    ),
+    click.option("--auto", is_flag=True, help="Choose a format for every linear by what it does to the predictions."),
+    click.option("--target-bits", type=click.FloatRange(1, 16), help="Of --auto: bits per weight.  [default: 5.0]"),
+    click.option(
+        "--plot", type=click.Path(path_type=Path), help="Of --auto: draw what there was to choose from (SVG)."
     ),
     click.option(
         "--calibration", metavar="TEXT", help="A .txt, .jsonl, .parquet or .npy file, or a dataset of the hub."
@@ -56,6 +63,9 @@ _OPTIONS = (
     click.option("--gpu", help="The GPU that will serve, e.g. H100 or sm90: what it cannot run is refused at once."),
     click.option("--release", help="The Triton release that will serve, YY.MM: the same."),
     click.option("--held-out", metavar="TEXT", help="Text to measure the accuracy on, like --calibration."),
+    click.option(
+        "--thorough", is_flag=True, help="Let later layers mend what earlier ones lose: int4, twice the time."
+    ),
     click.option("--no-accuracy", is_flag=True, help="Do not measure what quantisation cost."),
     click.option("--max-perplexity-increase", "limit", metavar="LIMIT", help="Fail above it: 2%, or 0.02."),
 )
@@ -99,6 +109,44 @@ def asked_quantization(
     )
 
 
+def chosen_quantization(
+    source: Source,
+    layout: Layout,
+    *,
+    as_json: bool,
+    quantization: str | None,
+    kv_cache: Any,
+    overrides: tuple[str, ...],
+    exclude: tuple[str, ...],
+    target_bits: float | None,
+    plot: Path | None,
+    runtime: str,
+    gpu: str | None,
+    release: str | None,
+    **given: Any,
+) -> Quantization:
+    """What --auto chooses; prints what there was to choose from."""
+    from trtkit import releases
+    from trtkit.convert.support import Target, gpu_generation
+    from trtkit.errors import InputError
+    from trtkit.quantize.pareto import HEADINGS
+    from trtkit.quantized import choose_formats
+    from trtkit.store import atomic_write
+
+    if quantization or overrides or exclude:
+        raise InputError("--auto chooses the formats itself", "leave out --quantization, --linear and --exclude")
+    version = releases.get(release).tensorrt_llm if release else None
+    target = Target(runtime, source.architecture, version, gpu_generation(gpu) if gpu else None)
+    bits = target_bits or TARGET_BITS
+    with progress_steps() as on_step:
+        choice = choose_formats(source, layout, _settings(given), target, bits, kv_cache=kv_cache, on_step=on_step)
+    if plot is not None:
+        atomic_write(plot, choice.drawing)
+    if not as_json:
+        print_table(HEADINGS, choice.rows, f"what there is to choose from, at most {bits:g} bits per weight")
+    return choice.quantization
+
+
 def check_asked(
     asked: Quantization,
     architecture: str,
@@ -120,7 +168,7 @@ def check_asked(
     if asked == Quantization():
         given = [
             key
-            for key in ("gpu", "release", "calibration", "held_out")
+            for key in ("gpu", "release", "calibration", "held_out", "target_bits", "plot")
             if {**rest, "gpu": gpu, "release": release}.get(key)
         ]
         if limit is not None or given:
@@ -135,6 +183,21 @@ def check_asked(
             raise InputError("--max-perplexity-increase needs the accuracy", "leave out --no-accuracy")
     version = releases.get(release).tensorrt_llm if release else None
     check_runs(asked, architecture, runtime=runtime, tensorrt_llm=version, gpu=gpu)
+
+
+def _settings(given: dict[str, Any]) -> Settings:
+    from trtkit.quantized import Settings
+
+    return Settings(
+        text=given["calibration"],
+        samples=given["calibration_samples"],
+        length=given["calibration_length"],
+        seed=given["calibration_seed"],
+        device=given["device"],
+        accuracy=not given["no_accuracy"],
+        held_out=given["held_out"],
+        thorough=given["thorough"],
+    )
 
 
 def convert_and_report(
@@ -153,17 +216,9 @@ def convert_and_report(
     its measurement may be wanted, and its hours are spent."""
     from trtkit.accuracy import check, rows
     from trtkit.errors import CheckFailedError, InputError
-    from trtkit.quantized import Settings, convert_quantized, export_quantized
+    from trtkit.quantized import convert_quantized, export_quantized
 
-    settings = Settings(
-        text=given["calibration"],
-        samples=given["calibration_samples"],
-        length=given["calibration_length"],
-        seed=given["calibration_seed"],
-        device=given["device"],
-        accuracy=not given["no_accuracy"],
-        held_out=given["held_out"],
-    )
+    settings = _settings(given)
     started = time.monotonic()
     with progress_steps() as on_step:
         if given["runtime"] == "llmapi":

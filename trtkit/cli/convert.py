@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +13,7 @@ from trtkit.cli._common import dry_run_option, json_option, note, open_source, p
 from trtkit.cli._quantization import (
     asked_quantization,
     check_asked,
+    chosen_quantization,
     convert_and_report,
     import_and_report,
     quantization_options,
@@ -93,6 +95,7 @@ def command(
       trtkit convert ./Mixtral-8x7B ./checkpoint --tp 4 --ep 2 --dry-run
       trtkit convert ./Llama-3.1-8B ./int4 --quantization int4_awq --max-perplexity-increase 2%
       trtkit convert ./Llama-3.1-8B ./fp8 --quantization fp8 --kv-cache fp8 --runtime llmapi
+      trtkit convert ./Llama-3.1-8B ./mixed --auto --target-bits 5 --plot front.svg
       trtkit convert ./Llama-3.1-8B-GPTQ ./checkpoint --tp 2
     """
     if list_families:
@@ -112,7 +115,11 @@ def command(
     if quantized_in(opened.path, opened.config):
         import_and_report(opened, out, layout, options, replace=force, dry_run=dry_run, as_json=as_json, **quantize)
         return
-    check_asked(asked, opened.architecture, **quantize)
+    if quantize["auto"]:
+        asked = chosen_quantization(opened, layout, as_json=as_json, **quantize)
+        layout = replace(layout, quantization=asked)
+    else:
+        check_asked(asked, opened.architecture, **quantize)
     plan = plan_conversion(opened, layout)
     check_target(out, opened, replace=force)
     summary = _summary(plan, opened.nbytes, out)
