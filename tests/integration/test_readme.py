@@ -22,6 +22,7 @@ BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
 # Lines that depend on the machine's speed or on timing.
 VOLATILE = re.compile(
     r"^(\S+: )?(warning|info) TK8|^ *fix: |requests/s|in flight|^starting|^loading|load test|^ *(closed|open)\b"
+    r"|signal-to-noise|^│ [\d.]+ +│ [\d.e-]+ +│"  # which linears are worst, and how formats can be mixed
 )
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(600)]
