@@ -25,12 +25,14 @@ GRID = 20
 """Values of a in the search for factors."""
 CLIPS = tuple(1 - step / 40 for step in range(21))
 """Scales relative to the one that the largest weight of a group needs."""
-SEARCH_ROWS = 512
-"""Outputs that the search for factors looks at, evenly spread: more change the choice no more."""
+SEARCH_ROWS = (64, 512)
+"""At least and at most so many outputs, evenly spread, the search for factors looks at ..."""
+SEARCH_WORK = 1 << 31
+"""... and otherwise so many that each candidate costs this many multiplications: more change the choice no more."""
 DAMPING = 0.01
 TARGET_DAMPING = 0.05
 BLOCK = 128
-CHUNK = 8 << 20
+CHUNK = 2 << 20
 """Elements of a weight that are worked at together: rows do not depend on each other, and temporaries are as large."""
 
 
@@ -107,7 +109,7 @@ def search_factors(
     weight: torch.Tensor, gram: torch.Tensor, magnitude: torch.Tensor, group: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """The factors, float32 (K,), that lose least when weights are rounded to nearest."""
-    sample = weight[:: max(1, -(-len(weight) // SEARCH_ROWS))]
+    sample = searched_rows(weight)
     blocks = sample.view(len(sample), -1, group).abs()
     relative = (blocks / blocks.amax(2, keepdim=True).clamp_min(1e-9)).view_as(sample).mean(0)
     best, least = torch.ones_like(magnitude), float("inf")
@@ -117,6 +119,12 @@ def search_factors(
         if error < least:
             best, least = factors, error
     return best
+
+
+def searched_rows(weight: torch.Tensor) -> torch.Tensor:
+    """Some outputs of a weight, evenly spread, that stand for all in a search."""
+    count = min(max(SEARCH_WORK // weight.shape[1] ** 2, SEARCH_ROWS[0]), SEARCH_ROWS[1])
+    return weight[:: max(1, -(-len(weight) // count))]
 
 
 def _candidates(magnitude: torch.Tensor, relative: torch.Tensor) -> list[torch.Tensor]:
@@ -137,22 +145,17 @@ def _representable(factors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _fit_scaled(
     target: torch.Tensor, gram: torch.Tensor, factors: torch.Tensor, group: int, dtype: torch.dtype, compensate: bool
 ) -> Fitted:
-    own = scaled_gram(gram, factors)
-    rounding = Compensation(own) if compensate else None
+    parts = [slice(start, start + group) for start in range(0, len(gram), group)]
+    blocks = torch.stack([gram[part, part] / factors[part, None] / factors[part] for part in parts])
+    rounding = Compensation(gram, factors) if compensate else None
     codes = torch.empty(target.shape, dtype=torch.int8, device=target.device)
     scales = torch.empty(len(target), target.shape[1] // group, device=target.device)
     for rows in _chunks(target):
         scaled = target[rows] * factors
-        scales[rows] = clipped_scales(scaled, own, group, dtype)
+        scales[rows] = clipped_scales(scaled, blocks, dtype)
         nearest = nearest_codes(scaled, scales[rows]).to(torch.int8) if rounding is None else None
         codes[rows] = rounding.codes(scaled, scales[rows]) if rounding is not None else nearest
     return Fitted(codes, scales, factors)
-
-
-def scaled_gram(gram: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """The Gram matrix of inputs that are divided by factors."""
-    own = gram / factors[:, None]
-    return own.div_(factors)
 
 
 def _nearest(weight: torch.Tensor, factors: torch.Tensor, group: int, dtype: torch.dtype) -> Fitted:
@@ -176,10 +179,13 @@ def _spread(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return (codes.view(*scales.shape, -1) * scales[:, :, None]).view_as(codes)
 
 
-def clipped_scales(weight: torch.Tensor, gram: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:
-    """For every group of every output, the scale out of `CLIPS` with the least error by the group's own inputs."""
-    count = weight.shape[1] // group
-    blocks = torch.stack([gram[i : i + group, i : i + group] for i in range(0, weight.shape[1], group)])
+def clipped_scales(weight: torch.Tensor, blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """For every group of every output, the scale out of `CLIPS` with the least error by the group's own inputs.
+
+    Args:
+        blocks: (K / group, group, group), the Gram matrices of the groups.
+    """
+    count, group = blocks.shape[:2]
     largest = _largest_scales(weight, group)
     best, least = largest.to(dtype).float(), torch.full_like(largest, float("inf"))
     for clip in CLIPS:
@@ -196,14 +202,18 @@ class Compensation:
     """Rounding with compensation of weights that share their inputs.
 
     Args:
-        gram: (K, K), of the inputs as the weights see them.
+        gram: (K, K), of the inputs.
+        factors: (K,), by which they are divided before the weights see them.
         low, high: the smallest and largest code.
     """
 
-    def __init__(self, gram: torch.Tensor, low: int = INT4_MIN, high: int = INT4_MAX) -> None:
+    def __init__(self, gram: torch.Tensor, factors: torch.Tensor, low: int = INT4_MIN, high: int = INT4_MAX) -> None:
         # The most active inputs first, while there are still many others to mend what their rounding breaks.
-        self.order = torch.argsort(gram.diagonal(), descending=True)
-        self.inverse = _inverse_factor(gram[self.order][:, self.order])
+        self.order = torch.argsort(gram.diagonal() / factors**2, descending=True)
+        own = gram[self.order[:, None], self.order]
+        own /= factors[self.order, None]
+        own /= factors[self.order]
+        self.inverse = _inverse_factor(own)
         self.low, self.high = low, high
 
     def codes(self, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -230,10 +240,13 @@ class Compensation:
 
 
 def _inverse_factor(gram: torch.Tensor) -> torch.Tensor:
-    """Upper Cholesky factor of the inverse of the damped Gram matrix."""
-    damping = DAMPING
+    """Upper Cholesky factor of the inverse of a Gram matrix that is damped in place."""
+    diagonal = gram.diagonal()
+    mean = float(diagonal.mean())
+    damping = DAMPING * mean if mean > 0 else 1.0  # inputs that are always zero: any code will do
     while True:
-        factor, failed = torch.linalg.cholesky_ex(_damped(gram, damping))
+        diagonal.add_(damping)
+        factor, failed = torch.linalg.cholesky_ex(gram)
         if not failed:
             factor = torch.cholesky_inverse(factor)
             factor, failed = torch.linalg.cholesky_ex(factor, upper=True)
@@ -252,11 +265,3 @@ def _target(weight: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor) -> to
     if failed:
         return weight
     return torch.cholesky_solve((weight @ left).T, factor).T.contiguous()
-
-
-def _damped(gram: torch.Tensor, damping: float) -> torch.Tensor:
-    damped = gram.clone()
-    diagonal = damped.diagonal()
-    mean = float(diagonal.mean())
-    diagonal.add_(damping * mean if mean > 0 else 1.0)  # inputs that are always zero: any code will do
-    return damped

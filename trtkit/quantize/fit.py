@@ -132,7 +132,7 @@ def _int8(
     scaled = weight * factors
     scales = smoothquant.row_scales(scaled)
     if effort.compensate:
-        rounding = awq.Compensation(awq.scaled_gram(statistics.gram, factors), -128, 127)
+        rounding = awq.Compensation(statistics.gram, factors, -128, 127)
         codes = rounding.codes(scaled, scales[:, None])
     else:
         codes = smoothquant.row_codes(scaled, scales)

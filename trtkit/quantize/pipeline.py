@@ -7,6 +7,8 @@ first layer that has no file.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,7 +36,7 @@ from trtkit.quantize.layer_files import layer_file, read_notes, write_layer
 from trtkit.quantize.statistics import InputStatistics
 from trtkit.safetensors_io import DTYPES, Reader, TensorEntry, read_header
 
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 1024
 """Tokens that run through a layer at once."""
 TOGETHER = ("mlp.fc", "mlp.gate")
 """Linears that share their inputs, and that some kernels and the Hugging Face layout fuse."""
@@ -178,6 +180,7 @@ class Quantizer:
         if write:
             states.finish()
         self.model.release()
+        _trim()
 
     def _layer(self, layer: int) -> None:
         own = [linear for linear in self._linears if linear.layer == layer]
@@ -265,25 +268,35 @@ class Quantizer:
         places = self.model.places(job.layer) if goes_on else {}
         roundings: dict[str, Any] = {}
         for group in _groups(job.linears, job.forms):
-            form = job.forms[group[0].name]
-            wholes = [self.whole[f"{linear.name}.weight"] for linear in group]
-            weights = [gather(whole, self.source.read) for whole in wholes]
-            # Each has its matrices until its linears are done, since they are the largest things in memory.
-            known = [job.statistics.pop(linear.name, None) for linear in group]
-            statistics = known[0]
-            del known
-            made = quantize_linears(
-                form, self.quantization.group_size, group,
-                [torch.from_numpy(weight).to(self.device) for weight in weights], statistics, self.dtype, self.effort,
-            )  # fmt: skip
-            for linear, whole, weight, tensors in zip(group, wholes, weights, made, strict=True):
-                rounding, effective = self._put(job, linear, whole, form, tensors, places)
-                roundings |= rounding
-                job.quality.append(LinearQuality(linear.name, form.name, _snr(form, effective, weight, statistics)))
+            roundings |= self._fit(job, group, places)
+            _trim()
         if self.quantization.kv_cache:
             scale = cache.scale(self.quantization.kv_cache)
             name = f"transformer.layers.{job.layer}.attention.kv_cache_scaling_factor"
             job.tensors[name] = np.array([scale], np.float32)
+        return roundings
+
+    def _fit(self, job: LayerJob, group: Sequence[Linear], places: Mapping[str, Array]) -> dict[str, Any]:
+        """Fits linears that share their inputs; how these are rounded."""
+        form = job.forms[group[0].name]
+        wholes = [self.whole[f"{linear.name}.weight"] for linear in group]
+        weights = [gather(whole, self.source.read) for whole in wholes]
+        # Each has its matrices until its linears are done, since they are the largest things in memory.
+        statistics = [job.statistics.pop(linear.name, None) for linear in group][0]  # noqa: RUF015 - all of them
+        made = quantize_linears(
+            form,
+            self.quantization.group_size,
+            group,
+            [torch.from_numpy(weight).to(self.device) for weight in weights],
+            statistics,
+            self.dtype,
+            self.effort,
+        )
+        roundings: dict[str, Any] = {}
+        for linear, whole, weight, tensors in zip(group, wholes, weights, made, strict=True):
+            rounding, effective = self._put(job, linear, whole, form, tensors, places)
+            roundings |= rounding
+            job.quality.append(LinearQuality(linear.name, form.name, _snr(form, effective, weight, statistics)))
         return roundings
 
     def _put(
@@ -386,6 +399,12 @@ class _Inputs:
 def qualities(folder: Path, layers: int) -> list[LinearQuality]:
     """How well every linear came out, in order of execution."""
     return [LinearQuality(**each) for layer in range(layers) for each in read_notes(folder, layer)]
+
+
+def _trim() -> None:
+    """Gives freed memory back to the system, which glibc keeps where it lies between what is still in use."""
+    with contextlib.suppress(AttributeError):  # other C libraries
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

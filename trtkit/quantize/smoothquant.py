@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from trtkit.quantize.awq import SEARCH_ROWS, output_error
+from trtkit.quantize.awq import output_error, searched_rows
 from trtkit.quantize.statistics import InputStatistics
 
 GRID = 20
@@ -27,7 +27,7 @@ def smoothing(
         per_token: every token has its own step (typically below that of the largest input seen).
     """
     largest_weight = weight.abs().amax(0)
-    weight = weight[:: max(1, -(-len(weight) // SEARCH_ROWS))]
+    weight = searched_rows(weight)
     best, least = torch.ones_like(largest_weight), float("inf")
     for candidate in _candidates(statistics.largest, largest_weight):
         factors = 1 / (1 / candidate).to(dtype).float()

@@ -39,7 +39,7 @@ def nearest(weight: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tenso
 
 
 def codes_of(weight: torch.Tensor, gram: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    return awq.Compensation(gram).codes(weight, scales).float()
+    return awq.Compensation(gram, torch.ones(len(gram))).codes(weight, scales).float()
 
 
 @settings(max_examples=25, deadline=None)
@@ -118,7 +118,8 @@ def test_clipping_loses_less_than_the_largest_weight_as_the_limit() -> None:
     weight, inputs = problem((64, 2, 64), 7, outliers=1)
     weight[:, ::64] *= 4  # one weight of every group far from the others
     gram = gram_of(inputs)
-    clipped = awq.clipped_scales(weight, gram, 64, torch.float16)
+    blocks = torch.stack([gram[:64, :64], gram[64:, 64:]])
+    clipped = awq.clipped_scales(weight, blocks, torch.float16)
     grouped = weight.view(64, 2, 64)
     found = ((grouped / clipped[:, :, None]).round().clamp(-8, 7) * clipped[:, :, None]).view(64, 128)
     block = torch.block_diag(gram[:64, :64], gram[64:, 64:])
