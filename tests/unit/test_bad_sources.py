@@ -345,10 +345,22 @@ CORPUS: dict[str, tuple[Break, str]] = {
     "no weights": (remove_weights, r"holds neither model.safetensors nor model.safetensors.index.json$"),
     "an adapter": (adapter, r"holds an adapter \(adapter_config.json\), not a whole model"),
     "only an adapter's weights": (only("adapter_model.safetensors"), r"only an adapter \(adapter_model.safetensors\)"),
-    "quantised": (config(quantization_config={"quant_method": "gptq"}), r"config.json says that the weights are quantised \(gptq\), but no linear's are"),
-    "quantised, oddly": (config(quantization_config=["a\nb"]), r"config.json: quantization_config is \['a\\nb'\], expected a mapping"),
-    "quantised, an older key": (config(compression_config={}), r"config.json: weights quantised by '' are not imported"),
-    "quantised, in a file": (content("hf_quant_config.json", b"{}"), r"hf_quant_config.json says that the weights are quantised \(modelopt\), but no linear's"),
+    "quantised": (
+        config(quantization_config={"quant_method": "gptq"}),
+        r"config.json says that the weights are quantised \(gptq\), but no linear's are",
+    ),
+    "quantised, oddly": (
+        config(quantization_config=["a\nb"]),
+        r"config.json: quantization_config is \['a\\nb'\], expected a mapping",
+    ),
+    "quantised, an older key": (
+        config(compression_config={}),
+        r"config.json: weights quantised by '' are not imported",
+    ),
+    "quantised, in a file": (
+        content("hf_quant_config.json", b"{}"),
+        r"hf_quant_config.json says that the weights are quantised \(modelopt\), but no linear's",
+    ),
     # config.json as text.
     "config empty": (content("config.json", b""), r"config.json: not valid JSON \(Expecting value"),
     "config of two objects": (content("config.json", b"{} {}"), r"config.json: not valid JSON \(Extra data"),
