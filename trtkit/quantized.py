@@ -302,6 +302,42 @@ def export_quantized(
     return _report(out)
 
 
+def import_export(
+    source: Source,
+    out: Path,
+    layout: Layout,
+    *,
+    requantize: bool = False,
+    options: Options | None = None,
+    replace: bool = False,
+    on_step: OnStep = lambda what, unit, done, total: None,
+) -> tuple[Import, Account]:
+    """Like `import_quantized`, to the Hugging Face layout of the `llmapi` runtime."""
+    from trtkit.quantize.huggingface import export
+    from trtkit.quantize.import_linears import Account
+    from trtkit.quantize.importing import identity, import_plan, make_layers
+
+    found, account = import_plan(source, layout, requantize=requantize), Account()
+    check_runs(found.quantization, source.architecture, runtime="llmapi")
+    export(
+        found.plan,
+        source,
+        out,
+        options=dataclasses.replace(options or Options(), quantization=identity(found)),
+        replace=replace,
+        on_progress=lambda done, total: on_step("writing the files", "bytes", done, total) if done else None,
+        make=lambda work: account.add(
+            make_layers(
+                found,
+                source,
+                work,
+                on_layer=lambda done, total: on_step("reading the quantised weights", "layers", done, total),
+            )
+        ),
+    )
+    return found, account
+
+
 def import_quantized(
     source: Source,
     out: Path,

@@ -262,16 +262,11 @@ def import_and_report(
 ) -> None:
     """Converts a source that somebody else quantised, and prints what was decided and what is not exact."""
     from trtkit.convert.conversion import check_target
-    from trtkit.errors import InputError
+    from trtkit.quantize.huggingface import check_target as check_export
     from trtkit.quantize.importing import import_plan
-    from trtkit.quantized import import_quantized
+    from trtkit.quantized import import_export, import_quantized
 
-    if runtime == "llmapi":
-        raise InputError(
-            f"{source.path} is quantised already; trtkit makes checkpoints of ranks from it",
-            "use --runtime tensorrtllm, or quantise the original model with --runtime llmapi",
-        )
-    check_target(out, source, replace=replace)
+    (check_export if runtime == "llmapi" else check_target)(out, source, replace=replace)
     if dry_run:
         plan, lines, exact = (
             (found := import_plan(source, layout, gpu=gpu, requantize=requantize)).plan,
@@ -281,9 +276,13 @@ def import_and_report(
         account: dict[str, Any] = {}
     else:
         with progress_steps() as on_step:
-            found, kept = import_quantized(
-                source, out, layout, gpu=gpu, requantize=requantize, options=options, replace=replace, on_step=on_step
-            )
+            how: dict[str, Any] = {
+                "requantize": requantize, "options": options, "replace": replace, "on_step": on_step
+            }  # fmt: skip
+            if runtime == "llmapi":
+                found, kept = import_export(source, out, layout, **how)
+            else:
+                found, kept = import_quantized(source, out, layout, gpu=gpu, **how)
         plan, lines, exact, account = found.plan, found.notes, kept.exact, dict(vars(kept))
     quantization = {key: value for key, value in plan.config["quantization"].items() if value is not None}
     if as_json:

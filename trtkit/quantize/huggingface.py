@@ -176,6 +176,7 @@ def export(
     on_layer: Callable[[int, int], None] = lambda done, total: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     on_written: Callable[[Path], None] = lambda folder: None,
+    make: Callable[[Path], None] | None = None,
 ) -> Exported:
     """Quantises a source into a checkpoint folder for the `llmapi` runtime, all or nothing.
 
@@ -189,6 +190,7 @@ def export(
         replace: replace an earlier checkpoint of this function. Any other folder stays as it is.
         on_layer: called with decoder layers (done, total).
         on_written: called with the finished folder before it is published as `out`.
+        make: makes the layers' files in a folder, instead of quantising the source.
 
     Raises:
         InputError: see `write_huggingface`; or `out` may not be written to.
@@ -202,7 +204,11 @@ def export(
         for leftover in folder.iterdir():
             if leftover.name != WORK:
                 leftover.unlink()
-        layers, quality = _quantized(layout, source, folder / WORK, calibration, effort, device, on_layer)
+        if make is None:
+            layers, quality = _quantized(layout, source, folder / WORK, calibration, effort, device, on_layer)
+        else:
+            make(folder / WORK)
+            layers, quality = layer_entries(folder / WORK), []
         written = write_huggingface(plan.config, source, layers, folder, options=options, on_progress=on_progress)
         if source.identity() != identity:
             raise InputError(f"{source.path} was changed while it was read", "convert it again when it is complete")

@@ -132,21 +132,29 @@ def importing(
     def write(
         plan: Plan, source: Source, folder: Path, options: Options, progress: Progress, advance: Callable[[int], None]
     ) -> None:
-        work, layers = folder / WORK, plan.config["num_hidden_layers"]
-        work.mkdir(exist_ok=True)
-        account = Account()
-        with _Layers(found, source) as maker:
-            for layer in range(layers):
-                on_layer(layer, layers)
-                if not layer_file(work, layer).is_file():
-                    tensors, own = maker.make(layer)
-                    write_layer(work, layer, tensors, asdict(own))
-                account.add(Account(**read_notes(work, layer)))
-        on_layer(layers, layers)
-        on_account(account)
+        work = folder / WORK
+        on_account(make_layers(found, source, work, on_layer=on_layer))
         write_here(plan, source, folder, options, progress, advance, made=layer_entries(work))
 
     return write
+
+
+def make_layers(
+    found: Import, source: Source, work: Path, *, on_layer: Callable[[int, int], None] = lambda done, total: None
+) -> Account:
+    """Makes the files of all layers that have none in `work`; what is not exact."""
+    layers = found.plan.config["num_hidden_layers"]
+    work.mkdir(exist_ok=True)
+    account = Account()
+    with _Layers(found, source) as maker:
+        for layer in range(layers):
+            on_layer(layer, layers)
+            if not layer_file(work, layer).is_file():
+                tensors, own = maker.make(layer)
+                write_layer(work, layer, tensors, asdict(own))
+            account.add(Account(**read_notes(work, layer)))
+    on_layer(layers, layers)
+    return account
 
 
 class _Layers:

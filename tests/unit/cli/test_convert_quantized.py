@@ -173,3 +173,39 @@ def test_build_quantises_once_and_holds_the_limit(source: Path, tmp_path: Path) 
     config.write_text(CONFIG.format(source=source, limit="50%").replace("samples: 4", "samples: 5"))
     (other,) = json.loads(run("build", config, "--store", store, "--json").stdout)
     assert other["checkpoint"] != built["checkpoint"]
+
+
+@pytest.mark.parametrize("form", ["fp8_rowwise", "int4_awq"])
+def test_a_quantised_source_stays_the_same_in_the_hugging_face_layout(form: str, source: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    options = ["--quantization", form, "--runtime", "llmapi", "--no-accuracy", *QUICK]
+    assert run("convert", source, first, *options).exit_code == 0
+    result = run("convert", first, second, "--runtime", "llmapi", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["exact"]
+    for name in ("model.safetensors", "hf_quant_config.json"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_the_hugging_face_layout_is_measured_from_its_files(source: Path, tmp_path: Path) -> None:
+    result = run(
+        "convert", source, tmp_path / "out", "--quantization", "fp8", "--kv-cache", "fp8", "--runtime", "llmapi",
+        "--requantize", *QUICK, "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    scores = json.loads(result.stdout)["accuracy"]["scores"]
+    assert scores["mean_kl"] > 0
+    assert scores["top1_agreement"] > 0.5
+
+
+def test_auto_chooses_within_the_bits(source: Path, tmp_path: Path) -> None:
+    result = run(
+        "convert", source, tmp_path / "out", "--auto", "--target-bits", "6", "--plot", tmp_path / "front.svg",
+        "--no-accuracy", *QUICK,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "<- chosen" in result.stdout
+    assert (tmp_path / "front.svg").read_text().startswith("<svg")
+    table = json.loads((tmp_path / "out" / "quant_cfg.json").read_text())["quantized_layers"]
+    assert {entry["quant_algo"] for entry in table.values()} <= {"W4A16_AWQ", "FP8", "W8A8_SQ_PER_CHANNEL"}
+    assert run("verify", source, tmp_path / "out").exit_code == 0
