@@ -7,6 +7,7 @@ is the same, how far the distributions are apart, and the signal-to-noise ratio 
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from trtkit.quantize.calibration import Calibration
 
 WORST = 5
+_WORK = ".accuracy-"
 
 
 def measure(
@@ -40,7 +42,9 @@ def measure(
     """
     from trtkit.evaluate.layerwise import score_layers
 
-    with tempfile.TemporaryDirectory(prefix="accuracy-", dir=folder.parent) as work:
+    for leftover in folder.glob(f"{_WORK}*"):  # of a run that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=_WORK, dir=folder) as work:
         scores = score_layers(
             source, open_checkpoint(folder), held_out.tokens, Path(work), device=device, on_progress=on_progress
         )
@@ -94,16 +98,6 @@ def worst(report: Mapping[str, Any], count: int = WORST) -> list[dict[str, Any]]
     """The linears with the least signal-to-noise ratio."""
     known = [each for each in report.get("linears", []) if each.get("snr") is not None]
     return sorted(known, key=lambda each: float(each["snr"]))[:count]
-
-
-def layers(report: Mapping[str, Any]) -> dict[str, float]:
-    """Layer -> the least signal-to-noise ratio of its linears, in dB."""
-    found: dict[str, float] = {}
-    for each in report.get("linears", []):
-        if each.get("snr") is not None:
-            layer = each["name"].split(".")[2]
-            found[layer] = min(found.get(layer, float("inf")), float(each["snr"]))
-    return found
 
 
 def _percent(increase: float, error: float | None) -> str:

@@ -93,6 +93,19 @@ class Work:
     measure: Callable[[Path], None]
 
 
+def _check_torch() -> None:
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        raise missing_extra("torch", "torch") from None
+
+
+def _calibration(source: Source, settings: Settings) -> Calibration:
+    from trtkit.quantize.calibration import load_tokens
+
+    return load_tokens(source.path, settings.text, samples=settings.samples, length=settings.length, seed=settings.seed)
+
+
 def prepare(plan: Plan, source: Source, settings: Settings, options: Options, on_step: OnStep) -> Work:
     """Loads the texts, so that one that is too short is told before any work.
 
@@ -101,10 +114,7 @@ def prepare(plan: Plan, source: Source, settings: Settings, options: Options, on
         LacksError: torch is not installed.
     """
     quantization = checkpoint_quantization(plan.config)
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        raise missing_extra("torch", "torch") from None
+    _check_torch()
     from trtkit.accuracy import measure
     from trtkit.evaluate.models import usable_device
     from trtkit.quantize.calibration import load_tokens
@@ -114,9 +124,7 @@ def prepare(plan: Plan, source: Source, settings: Settings, options: Options, on
     device = str(usable_device(settings.device))
     write = calibration = None
     if needs_calibration(quantization):
-        calibration = load_tokens(
-            source.path, settings.text, samples=settings.samples, length=settings.length, seed=settings.seed
-        )
+        calibration = _calibration(source, settings)
         effort = Effort(correct=settings.thorough)
         write = quantizing(
             calibration,
@@ -221,17 +229,12 @@ def choose_formats(
         LacksError: torch is not installed.
     """
     plan = plan_conversion(source, layout)
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        raise missing_extra("torch", "torch") from None
+    _check_torch()
     from trtkit.evaluate.models import usable_device
     from trtkit.quantize.calibration import load_tokens
     from trtkit.quantize.mixture import CANDIDATES, choose
 
-    calibration = load_tokens(
-        source.path, settings.text, samples=settings.samples, length=settings.length, seed=settings.seed
-    )
+    calibration = _calibration(source, settings)
     # Other windows than those that the accuracy is measured on.
     windows = max(1, CHOICE_TOKENS // calibration.length)
     held_out = load_tokens(

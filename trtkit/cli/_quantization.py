@@ -133,6 +133,7 @@ def chosen_quantization(
     from trtkit.quantized import choose_formats
     from trtkit.store import atomic_write
 
+    _check_limit(given["limit"], given["no_accuracy"])
     if quantization or overrides or exclude:
         raise InputError("--auto chooses the formats itself", "leave out --quantization, --linear and --exclude")
     version = releases.get(release).tensorrt_llm if release else None
@@ -145,6 +146,24 @@ def chosen_quantization(
     if not as_json:
         print_table(HEADINGS, choice.rows, f"what there is to choose from, at most {bits:g} bits per weight")
     return choice.quantization
+
+
+def _check_limit(limit: str | None, no_accuracy: bool) -> None:
+    from trtkit.errors import InputError
+    from trtkit.evaluate.results import parse_limit
+
+    if limit is None:
+        return
+    parse_limit(limit)
+    if no_accuracy:
+        raise InputError("--max-perplexity-increase needs the accuracy", "leave out --no-accuracy")
+
+
+def needs_tensors(asked: Quantization) -> bool:
+    """Whether trtkit makes quantised tensors, rather than the runtime when it builds or loads."""
+    from trtkit.convert.quantization import get
+
+    return any(not get(name).weight_only for name in asked.formats)
 
 
 def check_asked(
@@ -162,7 +181,6 @@ def check_asked(
     from trtkit import releases
     from trtkit.convert.quantization import Quantization
     from trtkit.errors import InputError
-    from trtkit.evaluate.results import parse_limit
     from trtkit.quantized import check_runs
 
     if asked == Quantization():
@@ -177,10 +195,14 @@ def check_asked(
         if runtime == "llmapi":
             raise InputError("llmapi serves the source as it is: there is nothing to convert", "add --quantization")
         return
-    if limit is not None:
-        parse_limit(limit)
-        if no_accuracy:
-            raise InputError("--max-perplexity-increase needs the accuracy", "leave out --no-accuracy")
+    if given := [key for key in ("target_bits", "plot") if rest.get(key)]:
+        raise InputError(f"--{given[0].replace('_', '-')} belongs to --auto", "add --auto, or leave it out")
+    _check_limit(limit, no_accuracy)
+    if limit is not None and runtime == "llmapi" and not needs_tensors(asked):
+        raise InputError(
+            f"{asked.format} is made when llmapi loads it, so its accuracy cannot be measured here",
+            "leave out --max-perplexity-increase",
+        )
     version = releases.get(release).tensorrt_llm if release else None
     check_runs(asked, architecture, runtime=runtime, tensorrt_llm=version, gpu=gpu)
 
@@ -215,7 +237,7 @@ def convert_and_report(
     """Converts, prints the accuracy report, and fails where it exceeds the limit. The checkpoint is then there anyway:
     its measurement may be wanted, and its hours are spent."""
     from trtkit.accuracy import check, rows
-    from trtkit.errors import CheckFailedError, InputError
+    from trtkit.errors import CheckFailedError
     from trtkit.quantized import convert_quantized, export_quantized
 
     settings = _settings(given)
@@ -234,11 +256,6 @@ def convert_and_report(
     else:
         algo = summary["quantization"].get("quant_algo", "KV cache only")
         print_table(["accuracy", ""], rows(report), f"{summary['architecture']} {algo} -> {out}")
-    if limit is not None and not report.get("scores"):
-        raise InputError(
-            f"the accuracy of {out} cannot be measured: {given['quantization']} is made when it is loaded",
-            "leave out --max-perplexity-increase",
-        )
     try:
         check(report, limit)
     except CheckFailedError:

@@ -116,6 +116,9 @@ def command(
         import_and_report(opened, out, layout, options, replace=force, dry_run=dry_run, as_json=as_json, **quantize)
         return
     if quantize["auto"]:
+        if ray is not None:
+            raise click.UsageError("--ray spreads plain conversions only: leave out --auto")
+        check_target(out, opened, replace=force)
         asked = chosen_quantization(opened, layout, as_json=as_json, **quantize)
         layout = replace(layout, quantization=asked)
     else:

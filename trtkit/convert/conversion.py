@@ -212,7 +212,7 @@ class Progress:
                 CastReport(**noted["report"]),
                 [NonFinite(found["tensor"], tuple(found["index"]), found["value"]) for found in noted["non_finite"]],
             )
-            if noted["boot"] and noted["boot"] == _boot_id():
+            if noted["boot"] and noted["boot"] == boot_id():
                 progress.stage, progress.unit = noted["stage"], noted["unit"]
                 progress.unit_report = CastReport(**noted["unit_report"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -244,7 +244,7 @@ class Progress:
 
     def _write(self, *, sync: bool) -> None:
         noted = {
-            "boot": _boot_id(),
+            "boot": boot_id(),
             "finished": {rank: asdict(record) for rank, record in self.finished.items()},
             "report": asdict(self.report),
             "non_finite": [asdict(found) for found in self.non_finite],
@@ -409,7 +409,8 @@ def _gigabytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count:,} bytes"
 
 
-def _boot_id() -> str:
+def boot_id() -> str:
+    """Tells this start of the machine from others; empty where the system does not say."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:

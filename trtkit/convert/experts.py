@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from trtkit.errors import LacksError
+
 Visit = Callable[[str, torch.Tensor], torch.Tensor]
 """Gets `fc` or `proj` and the inputs (tokens, features) of one expert's first or second linear; returns the inputs that
 count."""
@@ -29,6 +31,9 @@ def holds_experts(module: Any) -> bool:
 def visit_experts(module: Any, visit: Visit) -> None:
     """From now on the module shows `visit` what goes into its experts."""
 
+    if module is None:
+        raise LacksError("this transformers keeps experts as modules of their own", "pip install 'transformers>=5'")
+
     def forward(hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Hidden states (tokens, hidden), experts and their weights (tokens, experts per token)."""
         result = torch.zeros_like(hidden)
@@ -44,3 +49,8 @@ def visit_experts(module: Any, visit: Visit) -> None:
         return result
 
     module.forward = forward
+
+
+def leave_experts(module: Any) -> None:
+    """Undoes `visit_experts`."""
+    module.__dict__.pop("forward", None)

@@ -54,6 +54,7 @@ class HiddenStates:
             os.close(descriptor)
 
     def finish(self) -> None:
+        os.truncate(self._partial, self.shape[0] * self._sample)  # a leftover of another run may have been longer
         self._partial.replace(self.path)
 
     def remove(self) -> None:

@@ -7,6 +7,7 @@ model's own code, so a family needs nothing here that transformers does not know
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -94,8 +95,9 @@ class LayerwiseModel:
             changes: keyword arguments that the model gives its layers otherwise.
         """
         args, kwargs = self._calls[len(hidden)][layer]
-        known = {name: value for name, value in changes.items() if name in kwargs}
-        output = self._modules[layer](hidden, *args, **(kwargs | known))
+        if changes:
+            args, kwargs = _changed(self._modules[layer], args, kwargs, changes)
+        output = self._modules[layer](hidden, *args, **kwargs)
         return output if torch.is_tensor(output) else output[0]
 
     def release(self) -> None:
@@ -143,9 +145,9 @@ class LayerwiseModel:
                 recorder.returns_tuple = False
             # A tensor where a tuple is taken apart loses an axis each time.
             with contextlib.suppress(IndexError, RuntimeError):
-                self._base()(input_ids=tokens, use_cache=False)
+                last = self._base()(input_ids=tokens, use_cache=False)[0]
                 calls = [recorder.call for recorder in recorders]
-                if all(args[0].shape == calls[0][0][0].shape for args, _ in calls):
+                if all(each.shape == calls[0][0][0].shape for each in (last, *(args[0] for args, _ in calls))):
                     return calls
             self._returns_tuple = True
             for recorder in recorders:
@@ -196,6 +198,18 @@ class LayerwiseModel:
         self._list._modules.clear()
         for index, module in enumerate(modules):
             self._list._modules[str(index)] = module
+
+
+def _changed(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], changes: dict[str, Any]) -> _Call:
+    """Arguments behind the hidden states with some of them replaced, however the model gives them."""
+    names = list(inspect.signature(module.forward).parameters)[1:]
+    given, named = list(args), dict(kwargs)
+    for name, value in changes.items():
+        if name in named:
+            named[name] = value
+        elif name in names and names.index(name) < len(given):
+            given[names.index(name)] = value
+    return tuple(given), named
 
 
 class _Recorder(torch.nn.Module):  # type: ignore[misc]

@@ -71,7 +71,7 @@ class CheckpointReader:
         for name, places in self.plan.unit(unit).items():
             values = _assemble(self._reader, self.checkpoint, self.plan.sources[name], places)
             if name in self._whole and name not in linears_here:  # a norm that quantisation scaled
-                yield from scatter(self._whole[name], values, self.shapes)
+                yield from scatter(self._whole[name], values.astype(np.float32), self.shapes)
             elif name in self.shapes and name not in weight_only:
                 yield name, values
             else:

@@ -17,8 +17,9 @@ import numpy as np
 
 from trtkit.checkpoint import Checkpoint, rank_file, read_manifest
 from trtkit.convert.cast import Array
-from trtkit.convert.linears import linears
+from trtkit.convert.linears import SCALED_NORMS, Linear, linears
 from trtkit.convert.plan import Box, Piece, Placement, Plan, checkpoint_quantization, plan_checkpoint
+from trtkit.convert.quantization import Quantization
 from trtkit.convert.source import Layout, checkpoint_config, source_tensors
 from trtkit.errors import CheckFailedError
 from trtkit.hf import Source
@@ -128,11 +129,25 @@ def _compare_quantized(source: Source, checkpoint: Checkpoint, result: Verificat
                 layer, found = linear.layer, dict(quantized.tensors(linear.layer + 1))
             whole = plain.whole[f"{linear.name}.weight"]
             expected = gather(whole, plain.read)
+            norm = _scaled_norm(quantized.quantization, linear)
+            if norm is not None:  # its values and the weight's were scaled against each other
+                expected = (
+                    expected * gather(plain.whole[norm], plain.read) / gather(plain.whole[norm], found.__getitem__)
+                )
             change = gather(whole, found.__getitem__) - expected
             error = float(np.linalg.norm(change)) / max(float(np.linalg.norm(expected)), 1e-30)
             result.quantized += 1
             if not error < UNLIKE:
                 result.unlike[linear.name] = error
+
+
+def _scaled_norm(quantization: Quantization, linear: Linear) -> str | None:
+    """The norm that SmoothQuant's plugin folds the smoothing of a linear into."""
+    if "int8_sq_plugin" not in quantization.formats:
+        return None
+    owner = "mlp.fc" if linear.kind == "mlp.gate" else linear.kind
+    norm = next((norm for norm, kind in SCALED_NORMS.items() if kind == owner), None)
+    return norm and f"transformer.layers.{linear.layer}.{norm}.weight"
 
 
 def check_files(checkpoint: Checkpoint, *, on_progress: OnProgress = lambda done, total: None) -> Verification:

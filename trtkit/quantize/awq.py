@@ -160,13 +160,18 @@ def _fit_scaled(
 
 def _nearest(weight: torch.Tensor, factors: torch.Tensor, group: int, dtype: torch.dtype) -> Fitted:
     scaled = weight * factors
-    scales = _largest_scales(scaled, group).to(dtype).float()
+    scales = _stored(_largest_scales(scaled, group), dtype)
     return Fitted(nearest_codes(scaled, scales).to(torch.int8), scales, factors)
 
 
 def _largest_scales(weight: torch.Tensor, group: int) -> torch.Tensor:
-    scales = weight.view(len(weight), -1, group).abs().amax(2) / INT4_MAX
-    return torch.where(scales == 0, torch.ones_like(scales), scales)
+    return weight.view(len(weight), -1, group).abs().amax(2) / INT4_MAX
+
+
+def _stored(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Scales as the dtype holds them; 1 where that is zero."""
+    rounded = scales.to(dtype).float()
+    return torch.where(rounded == 0, torch.ones_like(rounded), rounded)
 
 
 def nearest_codes(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -187,9 +192,9 @@ def clipped_scales(weight: torch.Tensor, blocks: torch.Tensor, dtype: torch.dtyp
     """
     count, group = blocks.shape[:2]
     largest = _largest_scales(weight, group)
-    best, least = largest.to(dtype).float(), torch.full_like(largest, float("inf"))
+    best, least = _stored(largest, dtype), torch.full_like(largest, float("inf"))
     for clip in CLIPS:
-        scales = (largest * clip).to(dtype).float()
+        scales = _stored(largest * clip, dtype)
         change = (_spread(nearest_codes(weight, scales), scales) - weight).view(-1, count, group).transpose(0, 1)
         error = torch.bmm(change, blocks).mul_(change).sum(2).T
         better = error < least

@@ -20,7 +20,7 @@ from trtkit.store import atomic_write
 
 
 def needs_calibration(quantization: Quantization) -> bool:
-    """Whether activations must be seen: all formats but those whose weights trtllm-build or a single look quantises."""
+    """Whether trtkit makes tensors, and so wants calibration text: not for formats that trtllm-build makes."""
     return quantization.kv_cache is not None or any(not get(name).weight_only for name in quantization.formats)
 
 
@@ -43,6 +43,8 @@ def quantizing(
         plan: Plan, source: Source, folder: Path, options: Options, progress: Progress, advance: Callable[[int], None]
     ) -> None:
         work = folder / WORK
+        if len(progress.finished) == len(plan.ranks) and (folder / ACCURACY).is_file():
+            return  # all that is left is to publish
         quantizer = Quantizer(plan.config, source, calibration.tokens, work, effort=effort, device=device)
         quantizer.run(on_layer)
         found = [asdict(each) for each in qualities(work, plan.config["num_hidden_layers"])]

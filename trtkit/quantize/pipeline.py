@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from trtkit.convert.cast import Array
+from trtkit.convert.conversion import boot_id
 from trtkit.convert.dequantize import dequantize, input_rounding
-from trtkit.convert.experts import experts_of, visit_experts
+from trtkit.convert.experts import experts_of, leave_experts, visit_experts
 from trtkit.convert.hidden import HiddenStates
 from trtkit.convert.layerwise import LayerwiseModel, batches
 from trtkit.convert.linears import SCALED_NORMS, Linear, linears
@@ -28,7 +29,7 @@ from trtkit.convert.quantization import Format, Quantization
 from trtkit.convert.readback import round_linears
 from trtkit.convert.simulate import CacheStatistics
 from trtkit.convert.whole import SourceReader, gather, scatter
-from trtkit.errors import InputError
+from trtkit.errors import InputError, LacksError
 from trtkit.hf import Source
 from trtkit.quantize.awq import output_error
 from trtkit.quantize.fit import Effort, needs_gram, quantize_linears
@@ -121,7 +122,8 @@ class Quantizer:
             InputError: an activation is NaN or infinite; names the layer.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with torch.inference_mode():
+        self._forget_unsure()
+        with self.source, torch.inference_mode():
             start = self._start()
             for layer in range(start, self.model.layers):
                 on_layer(layer, self.model.layers)
@@ -129,6 +131,14 @@ class Quantizer:
             on_layer(self.model.layers, self.model.layers)
         for leftover in (*self.folder.glob("exact-*"), *self.folder.glob("rounded-*")):
             leftover.unlink()
+
+    def _forget_unsure(self) -> None:
+        """Removes hidden states of before a restart of the machine: they are never waited for to be on the disk."""
+        note = self.folder / "boot"
+        if not note.is_file() or note.read_text(encoding="ascii") != boot_id():
+            for states in (*self.folder.glob("exact-*"), *self.folder.glob("rounded-*")):
+                states.unlink()
+            note.write_text(boot_id(), encoding="ascii")
 
     def _start(self) -> int:
         """The first layer to work at, with the hidden states that go into it on disk."""
@@ -194,7 +204,9 @@ class Quantizer:
             module = self.model.load(layer)
             self._collect(job, cache, keep=not finished, last=last)
         goes_on = self._corrects and not last
-        if not goes_on:
+        if goes_on:
+            module.to("cpu")  # where arrays can be put into it
+        else:
             self.model.unload(layer)
         if finished:
             roundings = self._restore(job, read_header(file)) if goes_on else {}
@@ -202,6 +214,7 @@ class Quantizer:
             roundings = self._quantize(job, cache, goes_on=goes_on)
             self._save(job)
         if goes_on:
+            module.to(self.device)
             round_linears(module, self.model.architecture, roundings, f"{self.model.path}.{layer}.")
             self._propagate(layer)
         self.model.unload(layer)
@@ -227,10 +240,7 @@ class Quantizer:
                 hidden = exact.read(where, self.device)
                 output = self.model.run(job.layer, hidden, **({} if apart else changes))
             if not torch.isfinite(output).all():
-                raise InputError(
-                    f"layer {job.layer}: calibration gives NaN or infinite activations",
-                    "check the source (`trtkit convert` without quantisation lists NaN), or use --dtype bfloat16",
-                )
+                raise _not_finite(job.layer)
             if not last:
                 after.write(where, output)
             if apart:
@@ -271,6 +281,11 @@ class Quantizer:
             roundings |= self._fit(job, group, places)
             _trim()
         if self.quantization.kv_cache:
+            if not cache.largest:
+                raise LacksError(
+                    f"transformers' {type(self.model.model).__name__} shows no keys and values of layer {job.layer}",
+                    "leave out --kv-cache, or use another version of transformers",
+                )
             scale = cache.scale(self.quantization.kv_cache)
             name = f"transformer.layers.{job.layer}.attention.kv_cache_scaling_factor"
             job.tensors[name] = np.array([scale], np.float32)
@@ -283,6 +298,8 @@ class Quantizer:
         weights = [gather(whole, self.source.read) for whole in wholes]
         # Each has its matrices until its linears are done, since they are the largest things in memory.
         statistics = [job.statistics.pop(linear.name, None) for linear in group][0]  # noqa: RUF015 - all of them
+        if statistics is not None and not statistics.finite:
+            raise _not_finite(job.layer)
         made = quantize_linears(
             form,
             self.quantization.group_size,
@@ -340,7 +357,6 @@ class Quantizer:
                     for name, entry in entries.items()
                     if name.startswith(own)
                 }
-            tensors.pop("kv_cache_scaling_factor", None)
             whole, form = self.whole[f"{own}weight"], job.forms[linear.name]
             roundings |= self._put(job, linear, whole, form, tensors, places)[0]
         return roundings
@@ -394,11 +410,20 @@ class _Inputs:
         self.found |= {name: torch.cat(parts) for name, parts in self._routed.items() if parts}
         for handle in self._handles:
             handle.remove()
+        if self._experts:
+            leave_experts(experts_of(self._layer))
 
 
 def qualities(folder: Path, layers: int) -> list[LinearQuality]:
     """How well every linear came out, in order of execution."""
     return [LinearQuality(**each) for layer in range(layers) for each in read_notes(folder, layer)]
+
+
+def _not_finite(layer: int) -> InputError:
+    return InputError(
+        f"layer {layer}: calibration gives NaN or infinite activations",
+        "check the source (`trtkit convert` without quantisation lists NaN), or use --dtype bfloat16",
+    )
 
 
 def _trim() -> None:

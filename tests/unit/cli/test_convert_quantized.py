@@ -75,6 +75,14 @@ def test_a_quantised_conversion_ends_with_its_accuracy(source: Path, tmp_path: P
     assert "10 quantised linears resemble the source's" in verified.stdout
 
 
+@pytest.mark.parametrize("form", ["int8_wo", "int4_wo", "w4a8_awq", "int8_sq", "int8_sq_plugin", "fp8_rowwise"])
+def test_verify_passes_in_every_format(form: str, source: Path, tmp_path: Path) -> None:
+    assert run("convert", source, tmp_path / "out", "--quantization", form, *QUICK, "--no-accuracy").exit_code == 0
+    verified = run("verify", source, tmp_path / "out")
+    assert verified.exit_code == 0, verified.output
+    assert "10 quantised linears" in verified.stdout
+
+
 def test_verify_notices_the_weights_of_another_model(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run("convert", source, out, "--quantization", "fp8", *QUICK, "--no-accuracy").exit_code == 0
@@ -108,6 +116,9 @@ REFUSED = {
     "unknown GPU": (["--quantization", "fp8", "--gpu", "Voodoo2"], "no known GPU"),
     "group size without groups": (["--quantization", "fp8", "--group-size", "64"], "group size 64"),
     "calibration without quantisation": (["--calibration", "x.txt"], "not asked for"),
+    "bits without a choice": (["--quantization", "fp8", "--target-bits", "5"], "belongs to --auto"),
+    "a limit that auto would meet too late": (["--auto", "--max-perplexity-increase", "2"], "200%"),
+    "a format beside auto": (["--auto", "--quantization", "fp8"], "chooses the formats itself"),
     "limit without quantisation": (["--max-perplexity-increase", "2%"], "not asked for"),
     "limit without accuracy": (
         ["--quantization", "fp8", "--max-perplexity-increase", "2%", "--no-accuracy"], "needs the accuracy"
@@ -170,6 +181,11 @@ def test_build_quantises_once_and_holds_the_limit(source: Path, tmp_path: Path) 
     assert report["scores"]["perplexity_increase"] < 0.5
     (again,) = json.loads(run("build", config, "--store", store, "--json").stdout)
     assert again["checkpoint_reused"]
+    report["scores"] |= {"perplexity_increase": 0.6}  # as if it had been measured so
+    (Path(built["checkpoint"]) / "accuracy.json").write_text(json.dumps(report))
+    failed = run("build", config, "--store", store)
+    assert failed.exit_code == 1
+    assert "perplexity increased by 60.00%" in failed.stderr
     config.write_text(CONFIG.format(source=source, limit="50%").replace("samples: 4", "samples: 5"))
     (other,) = json.loads(run("build", config, "--store", store, "--json").stdout)
     assert other["checkpoint"] != built["checkpoint"]

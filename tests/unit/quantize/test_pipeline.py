@@ -19,7 +19,7 @@ from trtkit import hf
 from trtkit.checkpoint import open_checkpoint
 from trtkit.convert.conversion import WORK, Options, convert
 from trtkit.convert.quantization import Quantization
-from trtkit.convert.readback import load_transformers_model, read_tensors
+from trtkit.convert.readback import CheckpointReader, load_transformers_model, read_tensors
 from trtkit.convert.source import Layout, plan_conversion
 from trtkit.convert.support import Target, supported
 from trtkit.convert.verify import check_files
@@ -166,6 +166,24 @@ def test_a_quantised_cache_gets_a_scale_per_layer(
     assert all(checkpoint.ranks[1][name].shape == (1,) for name in names)
 
 
+@pytest.mark.parametrize("name", [name for name in MODELS if runs(name, "fp8")])
+def test_the_scale_of_a_cache_comes_from_its_keys_and_values(
+    name: str, make_source: Callable[[str], hf.Source], tmp_path: Path
+) -> None:
+    """By transformers' own cache, filled by the unquantised model."""
+    source = make_source(name)
+    quantize(source, tmp_path / "out", "fp8", kv_cache="int8")
+    original: Any = transformers.AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
+    with torch.inference_mode():
+        cache = original.eval()(torch.from_numpy(calibration().tokens), use_cache=True).past_key_values
+    with CheckpointReader(open_checkpoint(tmp_path / "out")) as reader:
+        for layer in range(3):
+            largest = max(float(each.abs().max()) for each in (cache.layers[layer].keys, cache.layers[layer].values))
+            # A sliding window's cache keeps its last tokens only.
+            found = (reader.cache_scale(layer) or 0) * 127
+            assert found == pytest.approx(largest, rel=1e-3) or ("window" in str(MODELS[name]) and found > largest)
+
+
 class KilledError(BaseException):
     """Stands for a signal: no `except Exception` sees it."""
 
@@ -211,17 +229,18 @@ def test_a_killed_run_goes_on_with_the_layer_it_was_at(
     assert not list(tmp_path.glob(".out*"))
 
 
+@pytest.mark.parametrize("correct", [True, False])
 def test_lost_hidden_states_are_computed_anew(
-    make_source: Callable[[str], hf.Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    correct: bool, make_source: Callable[[str], hf.Source], tmp_path: Path
 ) -> None:
     """After a loss of power only what was synced is sure to be there: the layers' files."""
     source, seen = make_source("llama"), calibration()
     plan = plan_conversion(source, Layout(quantization=Quantization("int4_awq", group_size=64)))
-    whole = Quantizer(plan.config, source, seen.tokens, tmp_path / "whole")
-    whole.run()
+    effort = Effort(correct=correct)
+    Quantizer(plan.config, source, seen.tokens, tmp_path / "whole", effort=effort).run()
     shutil.copytree(tmp_path / "whole", tmp_path / "part")
     layer_file(tmp_path / "part", 2).unlink()
-    Quantizer(plan.config, source, seen.tokens, tmp_path / "part").run()
+    Quantizer(plan.config, source, seen.tokens, tmp_path / "part", effort=effort).run()
     assert layer_file(tmp_path / "part", 2).read_bytes() == layer_file(tmp_path / "whole", 2).read_bytes()
 
 
@@ -236,6 +255,18 @@ def test_nan_in_activations_names_the_layer(make_source: Callable[[str], hf.Sour
         quantize(hf.open_source(folder), tmp_path / "out", "int4_awq")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt2", "falcon", "bloom", "phi3", "gemma2"])
+def test_thorough_is_near_too_and_leaves_the_module_as_it_was(
+    name: str, make_source: Callable[[str], hf.Source], tmp_path: Path
+) -> None:
+    source, seen, effort = make_source(name), calibration(), Effort(correct=True)
+    plan = plan_conversion(source, Layout(quantization=Quantization("int4_awq", group_size=64)))
+    options = Options(sync=False, quantization=identity(seen, effort))
+    convert(plan, source, tmp_path / "out", write=quantizing(seen, effort=effort), options=options)
+    original: Any = transformers.AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
+    assert relative(logits(load_transformers_model(tmp_path / "out")), logits(original.eval())) < LIMITS["int4_awq"]
 
 
 def test_quality_is_noted_for_every_linear(make_source: Callable[[str], hf.Source], tmp_path: Path) -> None:
