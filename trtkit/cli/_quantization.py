@@ -114,6 +114,7 @@ def chosen_quantization(
     layout: Layout,
     *,
     as_json: bool,
+    dry_run: bool,
     quantization: str | None,
     kv_cache: Any,
     overrides: tuple[str, ...],
@@ -134,6 +135,8 @@ def chosen_quantization(
     from trtkit.store import atomic_write
 
     _check_limit(given["limit"], given["no_accuracy"])
+    if plot is not None and (plot.is_dir() or not plot.absolute().parent.is_dir()):
+        raise InputError(f"--plot {plot}: no file can be written there", "give a file in a folder that exists")
     if quantization or overrides or exclude:
         raise InputError("--auto chooses the formats itself", "leave out --quantization, --linear and --exclude")
     version = releases.get(release).tensorrt_llm if release else None
@@ -141,7 +144,7 @@ def chosen_quantization(
     bits = target_bits or TARGET_BITS
     with progress_steps() as on_step:
         choice = choose_formats(source, layout, _settings(given), target, bits, kv_cache=kv_cache, on_step=on_step)
-    if plot is not None:
+    if plot is not None and not dry_run:
         atomic_write(plot, choice.drawing)
     if not as_json:
         print_table(HEADINGS, choice.rows, f"what there is to choose from, at most {bits:g} bits per weight")
@@ -166,6 +169,15 @@ def needs_tensors(asked: Quantization) -> bool:
     return any(not get(name).weight_only for name in asked.formats)
 
 
+def check_out(out: Path, source: Source, runtime: str, *, replace: bool) -> None:
+    """Whether the command may write to `out`: ranks, or for llmapi the Hugging Face layout."""
+    if runtime == "llmapi":
+        from trtkit.quantize.huggingface import check_target
+    else:
+        from trtkit.convert.conversion import check_target
+    check_target(out, source, replace=replace)
+
+
 def check_asked(
     asked: Quantization,
     architecture: str,
@@ -175,6 +187,9 @@ def check_asked(
     release: str | None,
     limit: str | None,
     no_accuracy: bool,
+    tp: int = 1,
+    pp: int = 1,
+    ep: int = 1,
     **rest: Any,
 ) -> None:
     """Refuses what cannot run, and options that would do nothing, before any work."""
@@ -183,10 +198,12 @@ def check_asked(
     from trtkit.errors import InputError
     from trtkit.quantized import check_runs
 
+    if runtime == "llmapi" and any(size > 1 for size in (tp, pp, ep)):
+        raise InputError("llmapi splits the model when it loads it", "leave out --tp, --pp and --ep")
     if asked == Quantization():
         given = [
             key
-            for key in ("gpu", "release", "calibration", "held_out", "target_bits", "plot")
+            for key in ("gpu", "release", "calibration", "held_out", "target_bits", "plot", "thorough")
             if {**rest, "gpu": gpu, "release": release}.get(key)
         ]
         if limit is not None or given:
@@ -278,12 +295,20 @@ def import_and_report(
     **rest: Any,
 ) -> None:
     """Converts a source that somebody else quantised, and prints what was decided and what is not exact."""
-    from trtkit.convert.conversion import check_target
-    from trtkit.quantize.huggingface import check_target as check_export
+    from trtkit.errors import InputError
+
+    idle = ("auto", "target_bits", "plot", "calibration", "held_out", "limit", "thorough", "exclude", "overrides",
+            "quantization", "group_size", "kv_cache")  # fmt: skip
+    if given := [key for key in idle if rest.get(key)]:
+        name = {"limit": "max-perplexity-increase", "overrides": "linear"}.get(given[0], given[0].replace("_", "-"))
+        raise InputError(
+            f"--{name} is about quantising, but {source.path} is quantised already",
+            "leave it out; `trtkit evaluate` measures what the quantisation cost",
+        )
     from trtkit.quantize.importing import import_plan
     from trtkit.quantized import import_export, import_quantized
 
-    (check_export if runtime == "llmapi" else check_target)(out, source, replace=replace)
+    check_out(out, source, runtime, replace=replace)
     if dry_run:
         plan, lines, exact = (
             (found := import_plan(source, layout, gpu=gpu, requantize=requantize)).plan,

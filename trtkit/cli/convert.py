@@ -13,6 +13,7 @@ from trtkit.cli._common import dry_run_option, json_option, note, open_source, p
 from trtkit.cli._quantization import (
     asked_quantization,
     check_asked,
+    check_out,
     chosen_quantization,
     convert_and_report,
     import_and_report,
@@ -103,7 +104,7 @@ def command(
         return
     if source is None or out is None:
         raise click.UsageError(f"Missing argument '{'SOURCE' if source is None else 'OUT'}'.")
-    from trtkit.convert.conversion import Options, WriteRanks, check_target, convert, write_here
+    from trtkit.convert.conversion import Options, WriteRanks, convert, write_here
     from trtkit.convert.quantization import Quantization
     from trtkit.convert.source import Layout, plan_conversion
     from trtkit.hf_config import quantized_in
@@ -112,26 +113,25 @@ def command(
     asked = asked_quantization(**quantize)
     options = Options(checksum=not no_checksum, saturate=saturate, sync=not no_sync)
     layout = Layout(tp=tp, pp=pp, ep=ep, dtype=dtype, parallel_embedding=parallel_embedding, quantization=asked)
-    if quantized_in(opened.path, opened.config):
+    packed = quantized_in(opened.path, opened.config)
+    if ray is not None and (packed or quantize["auto"] or asked != Quantization()):
+        raise click.UsageError("--ray spreads plain conversions only, without quantisation")
+    if packed:
         import_and_report(opened, out, layout, options, replace=force, dry_run=dry_run, as_json=as_json, **quantize)
         return
     if quantize["auto"]:
-        if ray is not None:
-            raise click.UsageError("--ray spreads plain conversions only: leave out --auto")
-        check_target(out, opened, replace=force)
-        asked = chosen_quantization(opened, layout, as_json=as_json, **quantize)
+        check_out(out, opened, quantize["runtime"], replace=force)
+        asked = chosen_quantization(opened, layout, as_json=as_json, dry_run=dry_run, **quantize)
         layout = replace(layout, quantization=asked)
     else:
-        check_asked(asked, opened.architecture, **quantize)
+        check_asked(asked, opened.architecture, tp=tp, pp=pp, ep=ep, **quantize)
     plan = plan_conversion(opened, layout)
-    check_target(out, opened, replace=force)
+    check_out(out, opened, quantize["runtime"], replace=force)
     summary = _summary(plan, opened.nbytes, out)
     if dry_run:
         _print(summary, plan, as_json)
         return
     if asked != Quantization():
-        if ray is not None:
-            raise click.UsageError("--ray spreads plain conversions only: leave out --quantization and --kv-cache")
         convert_and_report(plan, opened, out, options, summary, replace=force, as_json=as_json, **quantize)
         return
     write: WriteRanks = write_here

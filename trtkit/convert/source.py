@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from trtkit.errors import InputError
 from trtkit.hf import Source
 from trtkit.hf_config import refuse_quantized
 from trtkit.safetensors_io import TensorEntry
+from trtkit.untrusted import printable
 
 if TYPE_CHECKING:
     from trtkit.config import CheckpointConfig
@@ -83,6 +85,7 @@ def plan_conversion(source: Source, options: CheckpointConfig | Layout, *, packe
     if quantization == Quantization():
         return plan_checkpoint(config)
     tp, pp, ep = options.tp, options.pp, options.ep
+    _check_names(quantization, [linear.name for linear in linears(config)])
     check_divisible(quantization, sides(config), tp, ep=ep)
     check_stages(quantization, pp)
     return plan_checkpoint(config)
@@ -113,6 +116,16 @@ def checkpoint_config(source: Source, options: CheckpointConfig | Layout) -> dic
         "quantization": _quantization(model, asked_quantization(options)),
         "producer": {"name": "trtkit", "version": __version__},
     }
+
+
+def _check_names(quantization: Quantization, names: list[str]) -> None:
+    """A pattern that matches nothing is a mistake: what it should spare would be quantised."""
+    for pattern in quantization.exclude:
+        if not any(fnmatch.fnmatchcase(name, pattern.removesuffix(".weight")) for name in names):
+            raise InputError(
+                f"'{printable(pattern)}' excludes nothing: no linear of this model has such a name",
+                f"their names are such as {names[0]}",
+            )
 
 
 def asked_quantization(options: CheckpointConfig | Layout) -> Quantization:

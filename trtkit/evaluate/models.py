@@ -10,7 +10,8 @@ import transformers
 
 from trtkit.convert.readback import load_transformers_model
 from trtkit.errors import InputError, LacksError
-from trtkit.untrusted import printable
+from trtkit.hf_config import quantized_in
+from trtkit.untrusted import printable, read_json
 
 
 def load_source(folder: str | Path) -> Any:
@@ -19,6 +20,12 @@ def load_source(folder: str | Path) -> Any:
     Raises:
         InputError: transformers cannot load it.
     """
+    folder = Path(folder)
+    if found := quantized_in(folder, read_json(folder / "config.json")):
+        raise InputError(
+            f"{found[0]}: the weights are quantised{found[1]}, which transformers does not run as TensorRT-LLM does",
+            f"convert it first (trtkit convert {folder} OUT) and evaluate what comes out",
+        )
     # transformers 5 calls it dtype and drops the old name some day; 4 knows only the old one.
     key = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     options = {key: torch.float32, "local_files_only": True, "trust_remote_code": False, "use_safetensors": True}

@@ -119,6 +119,9 @@ REFUSED = {
     "bits without a choice": (["--quantization", "fp8", "--target-bits", "5"], "belongs to --auto"),
     "a limit that auto would meet too late": (["--auto", "--max-perplexity-increase", "2"], "200%"),
     "a format beside auto": (["--auto", "--quantization", "fp8"], "chooses the formats itself"),
+    "a pattern that excludes nothing": (["--quantization", "fp8", "--exclude", "layers.9.*"], "excludes nothing"),
+    "ranks for llmapi": (["--quantization", "fp8", "--runtime", "llmapi", "--tp", "2"], "splits the model when"),
+    "a drawing in no folder": (["--auto", "--plot", "nowhere/front.svg"], "no file can be written"),
     "limit without quantisation": (["--max-perplexity-increase", "2%"], "not asked for"),
     "limit without accuracy": (
         ["--quantization", "fp8", "--max-perplexity-increase", "2%", "--no-accuracy"], "needs the accuracy"
@@ -225,3 +228,23 @@ def test_auto_chooses_within_the_bits(source: Path, tmp_path: Path) -> None:
     table = json.loads((tmp_path / "out" / "quant_cfg.json").read_text())["quantized_layers"]
     assert {entry["quant_algo"] for entry in table.values()} <= {"W4A16_AWQ", "FP8", "W8A8_SQ_PER_CHANNEL"}
     assert run("verify", source, tmp_path / "out").exit_code == 0
+
+
+def test_force_replaces_an_earlier_export(source: Path, tmp_path: Path) -> None:
+    options = ["--quantization", "fp8", "--runtime", "llmapi", "--no-accuracy", *QUICK]
+    assert run("convert", source, tmp_path / "out", *options).exit_code == 0
+    again = run("convert", source, tmp_path / "out", *options)
+    assert again.exit_code == 2 and "exists already" in again.stderr
+    assert run("convert", source, tmp_path / "out", *options, "--force").exit_code == 0
+    refused = run("evaluate", source, tmp_path / "out")
+    assert refused.exit_code == 2 and "convert it first" in refused.stderr
+    limited = run("convert", tmp_path / "out", tmp_path / "other", "--max-perplexity-increase", "2%")
+    assert limited.exit_code == 2 and "quantised already" in limited.stderr
+
+
+def test_a_dry_run_of_auto_writes_nothing(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "front.svg").write_text("mine")
+    result = run("convert", source, tmp_path / "out", "--auto", "--plot", tmp_path / "front.svg", "--dry-run", *QUICK)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "front.svg").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["front.svg"]
