@@ -10,8 +10,9 @@ BIN := $(VENV)/bin
 demo: install
 	$(BIN)/trtkit demo
 
+# One thread each for torch: two processes with two would wait for each other.
 test: install browser lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: install
 	$(BIN)/ruff check .
