@@ -260,6 +260,10 @@ def read_quantization(config: Mapping[str, Any] | None, layers: Mapping[str, Any
     Raises:
         InputError: a key or a value that trtkit does not know; names it.
     """
+    if config is not None and not isinstance(config, Mapping):
+        raise InputError(
+            f"{_PLACE} is {printable(repr(config), 60)}, expected a mapping", "repair it, or convert again"
+        )
     given = dict(config or {})
     if unknown := sorted(set(given) - _KEYS - {"quantized_layers"}):
         raise InputError(

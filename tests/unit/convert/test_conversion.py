@@ -156,7 +156,7 @@ def test_after_a_restart_of_the_machine_an_unfinished_stage_begins_anew(
     for rank in ("rank0.safetensors", "rank1.safetensors"):
         with (partial / rank).open("r+b") as file:
             file.truncate(1000)
-    monkeypatch.setattr(conversion, "_boot_id", lambda: "another boot")
+    monkeypatch.setattr(conversion, "boot_id", lambda: "another boot")
     convert(plan, opened, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
