@@ -11,7 +11,7 @@ from typing import Any
 
 from trtkit import architectures
 from trtkit.architectures.rules import sizes
-from trtkit.checkpoint import stage_layers
+from trtkit.checkpoint import MIXED_PRECISION, stage_layers
 from trtkit.convert.linears import linears
 from trtkit.convert.parallelism import check_parallelism
 from trtkit.convert.pieces import Box, Piece, PlannedTensor
@@ -133,8 +133,9 @@ def checkpoint_quantization(config: Mapping[str, Any]) -> Quantization:
     """
     given = config.get("quantization")
     quantization = read_quantization(given)
-    table = (given or {}).get("quantized_layers")
-    if table:  # what the table does not list is not quantised
+    mixed = given is not None and given.get("quant_algo") == MIXED_PRECISION
+    table = given.get("quantized_layers") if given and mixed else None
+    if isinstance(table, dict):  # what the table does not list is not quantised
         exclude = tuple(linear.name for linear in linears(config) if linear.name not in table)
         quantization = replace(quantization, exclude=exclude)
     return quantization
