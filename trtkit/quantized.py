@@ -118,13 +118,13 @@ def prepare(plan: Plan, source: Source, settings: Settings, options: Options, on
     from trtkit.accuracy import measure
     from trtkit.evaluate.models import usable_device
     from trtkit.quantize.calibration import load_tokens
-    from trtkit.quantize.conversion import identity, needs_calibration, quantizing
+    from trtkit.quantize.conversion import identity, quantizing
     from trtkit.quantize.fit import Effort
 
     device = str(usable_device(settings.device))
     write = calibration = None
-    if needs_calibration(quantization):
-        calibration = _calibration(source, settings)
+    if quantization.makes_tensors:
+        calibration = _calibration(source, settings) if quantization.needs_calibration else None
         effort = Effort(correct=settings.thorough)
         write = quantizing(
             calibration,
@@ -276,12 +276,12 @@ def export_quantized(
     HuggingFaceLayout(plan.config)
     check_export(out, source, replace=replace)
     work = prepare(plan, source, settings, options or Options(), on_step)
-    calibrated = work.calibration is not None
+    made = checkpoint_quantization(plan.config).makes_tensors
     effort = Effort(correct=settings.thorough)
 
     def measured(folder: Path) -> None:
         """Measured through the TRT-LLM checkpoint that the written files are equal to."""
-        if not (settings.accuracy and calibrated):
+        if not (settings.accuracy and made):
             return
         with tempfile.TemporaryDirectory(prefix="accuracy-", dir=folder.parent) as temporary:
             checkpoint = Path(temporary) / "checkpoint"

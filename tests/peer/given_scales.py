@@ -6,8 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,12 @@ import torch
 
 from trtkit import hf
 from trtkit.convert.linears import linears
+from trtkit.convert.number_formats import pack_int4
 from trtkit.convert.plan import checkpoint_quantization
+from trtkit.convert.quantization import Format
 from trtkit.convert.whole import SourceReader, gather
-from trtkit.quantize.fit import with_scales
+from trtkit.quantize import awq, smoothquant
+from trtkit.quantize.fit import to_float8
 from trtkit.quantize.layer_files import layer_entries, write_layer
 from trtkit.safetensors_io import TensorEntry
 
@@ -74,6 +77,39 @@ class Case:
     def factors(self) -> bool:
         """Whether inputs are multiplied with something."""
         return self.form != "fp8"
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """A difference that is meant to be, in the spelling of `differing`; placeholders stand for each rank and layer."""
+
+    key: str
+    ours: Any
+    theirs: Any
+    reason: str
+    when: Callable[[Case], bool] = field(default=lambda case: True)
+
+
+def with_scales(form: Format, weight: torch.Tensor, scales: Mapping[str, Array]) -> dict[str, Array]:
+    """The tensors of a linear whose scales are known, each value rounded to its nearest.
+
+    Args:
+        weight: (N, K) float32.
+        scales: all tensors of the linear but its weight, by suffix, float32.
+
+    Returns:
+        Suffix -> tensor, as of `quantize_linears`.
+    """
+    factors = scales.get("prequant_scaling_factor")
+    scaled = weight if factors is None else weight * (1 / torch.from_numpy(factors))
+    steps = torch.from_numpy(scales.get("weights_scaling_factor", scales.get("per_channel_scale")))
+    if form.bits == 4:
+        codes = pack_int4(awq.nearest_codes(scaled, steps).to(torch.int8).numpy())
+    elif form.name == "int8_sq":
+        codes = smoothquant.row_codes(scaled, steps).numpy()
+    else:
+        codes = to_float8(scaled / steps.view(-1, 1))
+    return {"weight": codes, **scales}
 
 
 def settings(architecture: str) -> dict[str, Any]:

@@ -6,8 +6,6 @@ write the same files: every tensor (name, shape, dtype, bits), hf_quant_config.j
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from given_scales import ABSENT, ANY, Case, differing, make_layers, mean, read, run_modelopt, settings
+from given_scales import ABSENT, ANY, Allowed, Case, differing, make_layers, mean, read, run_modelopt, settings
 
 from trtkit import hf
 from trtkit.convert.conversion import Options
@@ -54,17 +52,6 @@ FUSED = {
 """TRT-LLM linear -> the modules of its rows."""
 SHARED = {"mlp.fc": ["mlp.gate_proj", "mlp.up_proj"], "mlp.gate": ["mlp.gate_proj", "mlp.up_proj"]}
 """TRT-LLM linear -> the modules whose factors per input are averaged, beyond its own."""
-
-
-@dataclass(frozen=True)
-class Allowed:
-    """A difference that is meant to be: in the spelling of `differences`, `{layer}` stands for each layer."""
-
-    key: str
-    ours: Any
-    theirs: Any
-    reason: str
-    when: Callable[[Case], bool] = field(default=lambda case: True)
 
 
 ALLOWED = (

@@ -6,14 +6,12 @@ same files: every tensor (name, shape, dtype, bits) and the `quantization` of co
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from given_scales import ABSENT, ANY, Case, differing, make_layers, mean, read, run_modelopt, scales_of
+from given_scales import ABSENT, ANY, Allowed, Case, differing, make_layers, mean, read, run_modelopt, scales_of
 
 from trtkit import hf
 from trtkit.convert import conversion
@@ -40,17 +38,6 @@ CASES = [
 ]
 LAYOUTS = {1: "float16", 2: "bfloat16"}
 """TP -> dtype."""
-
-
-@dataclass(frozen=True)
-class Allowed:
-    """A difference that is meant to be: in the spelling of `differences`, `{}` stands for each rank and layer."""
-
-    key: str
-    ours: Any
-    theirs: Any
-    reason: str
-    when: Callable[[Case], bool] = field(default=lambda case: True)
 
 
 ALLOWED = (

@@ -162,13 +162,6 @@ def _check_limit(limit: str | None, no_accuracy: bool) -> None:
         raise InputError("--max-perplexity-increase needs the accuracy", "leave out --no-accuracy")
 
 
-def needs_tensors(asked: Quantization) -> bool:
-    """Whether trtkit makes quantised tensors, rather than the runtime when it builds or loads."""
-    from trtkit.convert.quantization import get
-
-    return any(not get(name).weight_only for name in asked.formats)
-
-
 def check_out(out: Path, source: Source, runtime: str, *, replace: bool) -> None:
     """Whether the command may write to `out`: ranks, or for llmapi the Hugging Face layout."""
     if runtime == "llmapi":
@@ -215,7 +208,7 @@ def check_asked(
     if given := [key for key in ("target_bits", "plot") if rest.get(key)]:
         raise InputError(f"--{given[0].replace('_', '-')} belongs to --auto", "add --auto, or leave it out")
     _check_limit(limit, no_accuracy)
-    if limit is not None and runtime == "llmapi" and not needs_tensors(asked):
+    if limit is not None and runtime == "llmapi" and not asked.makes_tensors:
         raise InputError(
             f"{asked.format} is made when llmapi loads it, so its accuracy cannot be measured here",
             "leave out --max-perplexity-increase",

@@ -152,6 +152,16 @@ class Quantization:
         return tuple(dict.fromkeys(name for name in (self.format, *self.overrides.values()) if name))
 
     @property
+    def makes_tensors(self) -> bool:
+        """Whether a checkpoint has quantised tensors, rather than plain weights that are quantised when it is used."""
+        return self.kv_cache is not None or any(not get(name).weight_only for name in self.formats)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether activations must be seen to make them."""
+        return self.kv_cache is not None or any(get(name).calibrated for name in self.formats)
+
+    @property
     def mixed(self) -> bool:
         return bool(self.overrides)
 

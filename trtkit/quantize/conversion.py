@@ -10,22 +10,17 @@ from typing import Any
 
 from trtkit.convert.conversion import ACCURACY, WORK, Options, Progress, WriteRanks, write_here
 from trtkit.convert.plan import Plan
-from trtkit.convert.quantization import Quantization, get
 from trtkit.hf import Source
 from trtkit.quantize.calibration import Calibration
 from trtkit.quantize.fit import Effort
 from trtkit.quantize.layer_files import layer_entries
-from trtkit.quantize.pipeline import Quantizer, qualities
+from trtkit.quantize.pipeline import Quantizer
+from trtkit.quantize.quality import qualities
 from trtkit.store import atomic_write
 
 
-def needs_calibration(quantization: Quantization) -> bool:
-    """Whether trtkit makes tensors, and so wants calibration text: not for formats that trtllm-build makes."""
-    return quantization.kv_cache is not None or any(not get(name).weight_only for name in quantization.formats)
-
-
 def quantizing(
-    calibration: Calibration,
+    calibration: Calibration | None,
     *,
     effort: Effort | None = None,
     device: str = "cpu",
@@ -34,7 +29,7 @@ def quantizing(
     """For `trtkit.convert.conversion.convert`: quantises layer by layer, then writes the ranks.
 
     Args:
-        calibration: see `trtkit.quantize.calibration.load_tokens`.
+        calibration: see `trtkit.quantize.calibration.load_tokens`; None for formats that need none.
         device: where layers run: `cpu`, `cuda`, `cuda:1`.
         on_layer: called with decoder layers (done, total).
     """
@@ -45,7 +40,8 @@ def quantizing(
         work = folder / WORK
         if len(progress.finished) == len(plan.ranks) and (folder / ACCURACY).is_file():
             return  # all that is left is to publish
-        quantizer = Quantizer(plan.config, source, calibration.tokens, work, effort=effort, device=device)
+        tokens = None if calibration is None else calibration.tokens
+        quantizer = Quantizer(plan.config, source, tokens, work, effort=effort, device=device)
         quantizer.run(on_layer)
         found = [asdict(each) for each in qualities(work, plan.config["num_hidden_layers"])]
         atomic_write(folder / ACCURACY, json.dumps({"linears": found}, indent=2) + "\n")
@@ -54,11 +50,12 @@ def quantizing(
     return write
 
 
-def identity(calibration: Calibration, effort: Effort | None = None) -> Mapping[str, Any]:
+def identity(calibration: Calibration | None, effort: Effort | None = None) -> Mapping[str, Any]:
     """What beside the source and the plan determines quantised tensors, for `Options.quantization`."""
     effort = effort or Effort()
     return {
-        "calibration": {
+        "calibration": calibration
+        and {
             "text": calibration.origin,
             "sha256": calibration.digest,
             "samples": calibration.samples,

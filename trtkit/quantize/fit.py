@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 
 from trtkit.convert.cast import Array
 from trtkit.convert.linears import SMOOTHERS, Linear
-from trtkit.convert.number_formats import FLOAT8_MAX, pack_int4
+from trtkit.convert.number_formats import FLOAT8, FLOAT8_MAX, pack_int4
 from trtkit.convert.quantization import Format
 from trtkit.quantize import awq, smoothquant
 from trtkit.quantize.statistics import InputStatistics
@@ -77,28 +77,6 @@ def quantize_linears(
     return [_rows(form, made, start, size) for start, size in zip(np.cumsum([0, *sizes]), sizes, strict=False)]
 
 
-def with_scales(form: Format, weight: torch.Tensor, scales: Mapping[str, Array]) -> dict[str, Array]:
-    """The tensors of a linear whose scales are known, each value rounded to its nearest.
-
-    Args:
-        weight: (N, K) float32.
-        scales: all tensors of the linear but its weight, by suffix, float32.
-
-    Returns:
-        Suffix -> tensor, as of `quantize_linears`.
-    """
-    factors = scales.get("prequant_scaling_factor")
-    scaled = weight if factors is None else weight * (1 / torch.from_numpy(factors))
-    steps = torch.from_numpy(scales.get("weights_scaling_factor", scales.get("per_channel_scale")))
-    if form.bits == 4:
-        codes = pack_int4(awq.nearest_codes(scaled, steps).to(torch.int8).numpy())
-    elif form.name == "int8_sq":
-        codes = smoothquant.row_codes(scaled, steps).numpy()
-    else:
-        codes = _to_float8(scaled / steps.view(-1, 1))
-    return {"weight": codes, **scales}
-
-
 def _int4(
     form: Format, group: int, weight: torch.Tensor, statistics: InputStatistics, dtype: torch.dtype, effort: Effort
 ) -> dict[str, Array]:
@@ -150,7 +128,7 @@ def _int8(
 
 def _rowwise(weight: torch.Tensor) -> dict[str, Array]:
     scales = (weight.abs().amax(1) / FLOAT8_MAX).clamp_min(FLOAT8_FLOOR)
-    return {"weight": _to_float8(weight / scales[:, None]), "per_channel_scale": scales.cpu().numpy()}
+    return {"weight": to_float8(weight / scales[:, None]), "per_channel_scale": scales.cpu().numpy()}
 
 
 def _float8(weight: torch.Tensor, statistics: InputStatistics, experts: int) -> dict[str, Array]:
@@ -159,7 +137,7 @@ def _float8(weight: torch.Tensor, statistics: InputStatistics, experts: int) -> 
     scales = [_scale(part, FLOAT8_MAX) for part in parts]
     return {
         "weight": np.concatenate(
-            [_to_float8(part / float(scale[0])) for part, scale in zip(parts, scales, strict=True)]
+            [to_float8(part / float(scale[0])) for part, scale in zip(parts, scales, strict=True)]
         ),
         "weights_scaling_factor": np.concatenate(scales),
         "activation_scaling_factor": _scale(statistics.largest, FLOAT8_MAX),
@@ -171,12 +149,11 @@ def _prequant(factors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (1 / factors).to(dtype).float()
 
 
-def _to_float8(values: torch.Tensor) -> Array:
-    import ml_dtypes
-
+def to_float8(values: torch.Tensor) -> Array:
+    """float8 e4m3, to nearest; beyond its range its largest value."""
     rounded = values.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn)
-    values8: Array = rounded.view(torch.uint8).cpu().numpy().view(ml_dtypes.float8_e4m3fn)
-    return values8
+    bits: Array = rounded.view(torch.uint8).cpu().numpy()
+    return bits.view(FLOAT8)
 
 
 def _scale(values: torch.Tensor, largest: float) -> Array:

@@ -32,7 +32,7 @@ from trtkit.untrusted import read_json
 if TYPE_CHECKING:
     from trtkit.quantize.calibration import Calibration
     from trtkit.quantize.fit import Effort
-    from trtkit.quantize.pipeline import LinearQuality
+    from trtkit.quantize.quality import LinearQuality
 
 SHARD_BYTES = 5 << 30
 """Size from which on a further file is begun."""
@@ -236,14 +236,15 @@ def _quantized(
     device: str,
     on_layer: Callable[[int, int], None],
 ) -> tuple[dict[str, TensorEntry], list[LinearQuality]]:
-    q = layout.quantization
-    if q.kv_cache is None and all(module.form.weight_only for module in layout.modules.values()):
+    if not layout.quantization.makes_tensors:
         return {}, []
-    if calibration is None:
-        raise InputError(f"{q.format} needs calibration text", "give some, or leave the built-in one")
-    from trtkit.quantize.pipeline import Quantizer, qualities  # torch
+    if calibration is None and layout.quantization.needs_calibration:
+        raise InputError(f"{layout.quantization.format} needs calibration text", "give some, or leave the built-in one")
+    from trtkit.quantize.pipeline import Quantizer  # torch
+    from trtkit.quantize.quality import qualities
 
-    quantizer = Quantizer(layout.config, source, calibration.tokens, work, effort=effort, device=device)
+    tokens = None if calibration is None else calibration.tokens
+    quantizer = Quantizer(layout.config, source, tokens, work, effort=effort, device=device)
     quantizer.run(on_layer)
     return layer_entries(work), qualities(work, layout.config["num_hidden_layers"])
 

@@ -20,7 +20,6 @@ import torch
 from trtkit.convert.cast import Array
 from trtkit.convert.conversion import boot_id
 from trtkit.convert.dequantize import dequantize, input_rounding
-from trtkit.convert.experts import experts_of, leave_experts, visit_experts
 from trtkit.convert.hidden import HiddenStates
 from trtkit.convert.layerwise import LayerwiseModel, batches
 from trtkit.convert.linears import SCALED_NORMS, Linear, linears
@@ -31,9 +30,10 @@ from trtkit.convert.simulate import CacheStatistics
 from trtkit.convert.whole import SourceReader, gather, scatter
 from trtkit.errors import InputError, LacksError
 from trtkit.hf import Source
-from trtkit.quantize.awq import output_error
 from trtkit.quantize.fit import Effort, needs_gram, quantize_linears
-from trtkit.quantize.layer_files import layer_file, read_notes, write_layer
+from trtkit.quantize.inputs import Inputs
+from trtkit.quantize.layer_files import layer_file, write_layer
+from trtkit.quantize.quality import LinearQuality, snr
 from trtkit.quantize.statistics import InputStatistics
 from trtkit.safetensors_io import DTYPES, Reader, TensorEntry, read_header
 
@@ -44,28 +44,13 @@ TOGETHER = ("mlp.fc", "mlp.gate")
 _TORCH = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-@dataclass(frozen=True)
-class LinearQuality:
-    """How well one linear came out.
-
-    Attributes:
-        name: TRT-LLM name.
-        format: name in FORMATS.
-        snr: signal-to-noise ratio of its outputs on the calibration text, in dB; None where no statistics were kept.
-    """
-
-    name: str
-    format: str
-    snr: float | None
-
-
 @dataclass
 class LayerJob:
     """One decoder layer at work.
 
     Attributes:
-        weights: (N, K) float32 of each linear that gets a format.
-        forms: their formats.
+        linears: those of its linears that get a format.
+        forms: their formats, by name.
         statistics: of the inputs, by linear.
         quality, tensors: the outcome.
     """
@@ -83,7 +68,7 @@ class Quantizer:
 
     Args:
         config: config.json of the checkpoint, with its `quantization`.
-        tokens: int64 (samples, length), see `trtkit.quantize.calibration`.
+        tokens: int64 (samples, length), see `trtkit.quantize.calibration`; None for formats that need none.
         folder: for the layers' files and hidden states; what an interrupted run left there is used.
         device: where layers run.
     """
@@ -92,16 +77,20 @@ class Quantizer:
         self,
         config: Mapping[str, Any],
         source: Source,
-        tokens: Array,
+        tokens: Array | None,
         folder: Path,
         *,
         effort: Effort | None = None,
         device: str = "cpu",
     ) -> None:
-        self.config, self.tokens, self.folder = config, tokens, folder
+        self.config, self.folder = config, folder
         self.effort = effort or Effort()
         self.device = torch.device(device)
         self.quantization: Quantization = checkpoint_quantization(config)
+        self._sees = self.quantization.needs_calibration
+        if tokens is None and self._sees:
+            raise ValueError("the format needs calibration tokens")
+        self.tokens = np.zeros((0, 0), np.int64) if tokens is None else tokens
         self.source = SourceReader(source, config)
         self.whole, self.shapes = self.source.whole, self.source.shapes
         self.dtype = _TORCH[config["dtype"]]
@@ -160,14 +149,6 @@ class Quantizer:
             stream = "exact"  # the same
         path = self.folder / f"{stream}-{layer}"
         return HiddenStates(path, (samples, length, self.config["hidden_size"]), self.model.dtype)
-
-    @property
-    def _sees(self) -> bool:
-        """Whether anything depends on activations."""
-        return self.quantization.kv_cache is not None or any(
-            (form := self.quantization.format_of(linear.name)) is not None and form.calibrated
-            for linear in self._linears
-        )
 
     @property
     def _corrects(self) -> bool:
@@ -236,7 +217,7 @@ class Quantizer:
         apart = self._corrects and job.layer > 0
         changes = {"past_key_values": cache, "layer_past": cache} if keep and self.quantization.kv_cache else {}
         for where in self._batches():
-            with _Inputs(hooked, experts, self.model.module(job.layer)) as seen:
+            with Inputs(hooked, experts, self.model.module(job.layer)) as seen:
                 hidden = exact.read(where, self.device)
                 output = self.model.run(job.layer, hidden, **({} if apart else changes))
             if not torch.isfinite(output).all():
@@ -244,7 +225,7 @@ class Quantizer:
             if not last:
                 after.write(where, output)
             if apart:
-                with _Inputs(hooked, experts, self.model.module(job.layer)) as now:
+                with Inputs(hooked, experts, self.model.module(job.layer)) as now:
                     self.model.run(job.layer, rounded.read(where, self.device), **changes)
                 self._count(job, now.found, seen.found)
             else:
@@ -313,7 +294,7 @@ class Quantizer:
         for linear, whole, weight, tensors in zip(group, wholes, weights, made, strict=True):
             rounding, effective = self._put(job, linear, whole, form, tensors, places)
             roundings |= rounding
-            job.quality.append(LinearQuality(linear.name, form.name, _snr(form, effective, weight, statistics)))
+            job.quality.append(LinearQuality(linear.name, form.name, snr(form, effective, weight, statistics)))
         return roundings
 
     def _put(
@@ -375,50 +356,6 @@ class Quantizer:
         write_layer(self.folder, job.layer, arrays, [asdict(each) for each in job.quality])
 
 
-class _Inputs:
-    """The inputs of linears during a call, by name.
-
-    Args:
-        modules: linears by name.
-        experts: `fc` and `proj` -> name of the linear of all experts; empty where a layer has none.
-        layer: the module with the experts.
-    """
-
-    def __init__(self, modules: Mapping[str, Any], experts: Mapping[str, str], layer: Any) -> None:
-        self.found: dict[str, torch.Tensor] = {}
-        self._modules, self._experts, self._layer = modules, experts, layer
-        self._handles: list[Any] = []
-        self._routed: dict[str, list[torch.Tensor]] = {name: [] for name in experts.values()}
-
-    def __enter__(self) -> _Inputs:
-        for name, module in self._modules.items():
-
-            def note(module: Any, args: tuple[Any, ...], name: str = name) -> None:
-                self.found[name] = args[0]
-
-            self._handles.append(module.register_forward_pre_hook(note))
-        if self._experts:
-            visit_experts(experts_of(self._layer), self._visit)
-        return self
-
-    def _visit(self, kind: str, values: torch.Tensor) -> torch.Tensor:
-        if kind in self._experts:
-            self._routed[self._experts[kind]].append(values)
-        return values
-
-    def __exit__(self, *details: object) -> None:
-        self.found |= {name: torch.cat(parts) for name, parts in self._routed.items() if parts}
-        for handle in self._handles:
-            handle.remove()
-        if self._experts:
-            leave_experts(experts_of(self._layer))
-
-
-def qualities(folder: Path, layers: int) -> list[LinearQuality]:
-    """How well every linear came out, in order of execution."""
-    return [LinearQuality(**each) for layer in range(layers) for each in read_notes(folder, layer)]
-
-
 def _not_finite(layer: int) -> InputError:
     return InputError(
         f"layer {layer}: calibration gives NaN or infinite activations",
@@ -448,19 +385,6 @@ def _groups(found: Sequence[Linear], forms: Mapping[str, Format]) -> Iterator[li
             yield [linear]
         elif linear is together[0]:
             yield together
-
-
-def _snr(form: Format, effective: Array, weight: Array, statistics: InputStatistics | None) -> float | None:
-    if statistics is None or not needs_gram(form):
-        return None
-    device = statistics.largest.device
-    rows = weight.reshape(-1, weight.shape[-1])
-    after, noise, signal = effective.reshape(rows.shape), 0.0, 0.0
-    for where in batches(len(rows), 2048):
-        exact = torch.from_numpy(rows[where]).to(device)
-        noise += output_error(torch.from_numpy(after[where]).to(device) - exact, statistics.gram)
-        signal += output_error(exact, statistics.gram)
-    return float(10 * np.log10(signal / max(noise, 1e-30))) if signal > 0 else None
 
 
 def _fill_part(place: Array, values: Array, whole: PlannedTensor, name: str) -> None:

@@ -248,3 +248,14 @@ def test_a_dry_run_of_auto_writes_nothing(source: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert (tmp_path / "front.svg").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["front.svg"]
+
+
+def test_what_depends_on_no_activations_needs_no_text(source: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((source / name).read_bytes())
+    result = run("convert", bare, tmp_path / "out", "--quantization", "fp8_rowwise", "--no-accuracy")
+    assert result.exit_code == 0, result.output
+    refused = run("convert", bare, tmp_path / "other", "--quantization", "fp8", "--no-accuracy")
+    assert refused.exit_code == 2 and "tokenizer" in refused.stderr
