@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-Runtime = Literal["tensorrtllm", "reference"]
+from trtkit.config_base import PositiveInt, Strict
+from trtkit.config_serving import ServingConfig
+
 QuantizationFormat = Literal[
     "int8_wo", "int4_wo", "int4_awq", "w4a8_awq", "int8_sq", "int8_sq_plugin", "fp8", "fp8_rowwise"
 ]
@@ -22,18 +24,12 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Port = Annotated[int, Field(ge=0, le=65535, description="TCP port; 0 takes a free one")]
-PositiveInt = Annotated[int, Field(ge=1)]
-
 
 _GPU = r"(\d+|(GPU|MIG)-[A-Za-z0-9-]+)"
 _GPUS = rf"^(all|{_GPU}(,{_GPU})*)$"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
-
-
-class ModelConfig(_Strict):
+class ModelConfig(Strict):
     """The source: a Hugging Face checkpoint."""
 
     source: Annotated[str, Field(min_length=1)]
@@ -44,7 +40,7 @@ class ModelConfig(_Strict):
     """Let transformers run Python code that comes with the checkpoint. Off unless you trust its authors."""
 
 
-class CalibrationConfig(_Strict):
+class CalibrationConfig(Strict):
     """The text that activations are seen on."""
 
     text: str | None = None
@@ -58,7 +54,7 @@ class CalibrationConfig(_Strict):
     """Draws the windows."""
 
 
-class QuantizationConfig(_Strict):
+class QuantizationConfig(Strict):
     """How linears and the KV cache are quantised; by default they are not."""
 
     format: QuantizationFormat | None = None
@@ -78,7 +74,7 @@ class QuantizationConfig(_Strict):
     """`2%`, or an absolute number: the build fails when held-out perplexity rises by more."""
 
 
-class CheckpointConfig(_Strict):
+class CheckpointConfig(Strict):
     """How the source becomes a TRT-LLM checkpoint."""
 
     dtype: DType = "auto"
@@ -94,7 +90,7 @@ class CheckpointConfig(_Strict):
     quantization: QuantizationConfig = QuantizationConfig()
 
 
-class EngineConfig(_Strict):
+class EngineConfig(Strict):
     """How trtllm-build compiles the checkpoint. Ignored by the `reference` runtime."""
 
     builder: Literal["local", "docker"] = "docker"
@@ -128,36 +124,7 @@ class EngineConfig(_Strict):
         return self
 
 
-class ServingConfig(_Strict):
-    """The model repository."""
-
-    runtime: Runtime = "tensorrtllm"
-    """What executes the model inside Triton."""
-    streaming: bool = True
-    """Serve token by token (decoupled models). Requests still choose with `stream`."""
-    max_batch_size: Annotated[int, Field(ge=1, le=65536)] = 64
-    """Requests that Triton hands to the model at once; at most engine.max_batch_size."""
-    max_queue_delay_microseconds: Annotated[int, Field(ge=0, le=10_000_000)] = 0
-    """How long the dynamic batcher waits for company."""
-    preferred_batch_size: list[PositiveInt] = []
-    max_queue_size: Annotated[int, Field(ge=0)] = 0
-    """Requests waiting before new ones are rejected; 0 is unlimited."""
-    preprocessing_instances: Annotated[int, Field(ge=1, le=64)] = 1
-    kv_cache_free_gpu_mem_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.9
-    enable_kv_cache_reuse: bool = True
-    enable_chunked_context: bool = False
-    add_special_tokens: bool = True
-    """Let the tokenizer add its begin-of-sequence token. Turn off when prompts already carry it (chat templates)."""
-
-    @model_validator(mode="after")
-    def _preferred_sizes_fit(self) -> ServingConfig:
-        for size in self.preferred_batch_size:
-            if size > self.max_batch_size:
-                raise ValueError(f"preferred_batch_size {size} exceeds max_batch_size {self.max_batch_size}")
-        return self
-
-
-class DeployConfig(_Strict):
+class DeployConfig(Strict):
     """Where and how Triton runs."""
 
     target: Target = "local"
@@ -171,6 +138,8 @@ class DeployConfig(_Strict):
     ready_timeout_s: Annotated[float, Field(gt=0, le=86400)] = 300.0
     exit_timeout_s: Annotated[int, Field(ge=1, le=3600)] = 10
     """How long running requests may finish after a stop."""
+    model_control: Literal["none", "poll"] = "none"
+    """`poll` makes the server take over what changes in the model repository: whoever may write there may run code."""
     gpus: Annotated[str, Field(pattern=_GPUS)] = "all"
     """`all`, or GPU ids such as `0,1` (numbers or UUIDs). Docker only."""
     shm_size: Annotated[str, Field(pattern=r"^[1-9][0-9]*[mg]$")] = "2g"
@@ -191,7 +160,7 @@ class DeployConfig(_Strict):
         return None if self.gpus == "all" else self.gpus.split(",")
 
 
-class ValidationConfig(_Strict):
+class ValidationConfig(Strict):
     """What `trtkit validate` sends."""
 
     prompts: Annotated[list[str], Field(min_length=1)] = ["The", "def main(", "Return a new", "import os\n"]
@@ -199,7 +168,7 @@ class ValidationConfig(_Strict):
     """Tokens generated per prompt."""
 
 
-class Scenario(_Strict):
+class Scenario(Strict):
     """One load test: closed loop with `concurrency`, or open loop with `request_rate`."""
 
     concurrency: Annotated[int, Field(ge=1, le=10_000)] | None = None
@@ -230,7 +199,7 @@ class Scenario(_Strict):
         return self
 
 
-class BuildConfig(_Strict):
+class BuildConfig(Strict):
     """Everything trtkit needs to know, from source to load test."""
 
     name: Name
@@ -258,6 +227,26 @@ class BuildConfig(_Strict):
             raise ValueError(
                 "engine.use_paged_context_fmha is off, but serving.enable_kv_cache_reuse and "
                 "serving.enable_chunked_context need it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gpus_fit(self) -> BuildConfig:
+        serving, world = self.serving, self.checkpoint.tp * self.checkpoint.pp
+        if serving.runtime == "onnxruntime":
+            world = 1
+        for entry in serving.gpu_device_ids:
+            if entry.count(",") + 1 != world:
+                raise ValueError(
+                    f"serving.gpu_device_ids gives '{entry}' to an instance that runs on {world} GPUs "
+                    "(checkpoint.tp x checkpoint.pp)"
+                )
+        if serving.runtime == "llmapi" and serving.instances > 1 and not serving.gpu_device_ids:
+            raise ValueError("serving.gpu_device_ids is needed by several instances of runtime 'llmapi'")
+        if serving.runtime == "vllm" and serving.instances > 1 and (world > 1 or not serving.gpu_device_ids):
+            raise ValueError(
+                "serving.instances above 1 need one GPU each in serving.gpu_device_ids with runtime 'vllm' "
+                "(its backend cannot tell instances on several GPUs apart)"
             )
         return self
 

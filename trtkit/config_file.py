@@ -58,6 +58,25 @@ def parse_config(text: str, name: str = "<config>", base: Path | None = None) ->
     return _with_absolute_paths(config, base)
 
 
+def with_serving(config: BuildConfig, **changes: Any) -> BuildConfig:
+    """`config` with other values under `serving`, checked again as a whole.
+
+    Raises:
+        InputError: the rest of the config does not go with them.
+    """
+    data = config.model_dump()
+    data["serving"].update(changes)
+    try:
+        return BuildConfig.model_validate(data)
+    except ValidationError as error:
+        told = ", ".join(f"serving.{key} '{value}'" for key, value in changes.items())
+        problems = []
+        for problem in error.errors():
+            key, message = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
+            problems.append(f"with {told}: {key + ': ' if key else ''}{message}")
+        raise InputError("\n".join(problems), "change the build config, or leave the option out") from None
+
+
 def ready_made_configs() -> dict[str, Path]:
     """The build configs that come with trtkit, by name.
 
@@ -87,10 +106,17 @@ def _with_absolute_paths(config: BuildConfig, base: Path | None) -> BuildConfig:
     text = _absolute(quantization.calibration.text, base)
     calibration = quantization.calibration.model_copy(update={"text": text})
     quantization = quantization.model_copy(update={"calibration": calibration})
+    serving = config.serving
+    files = {
+        "chat_template": _absolute(serving.chat_template, base),
+        "onnx": serving.onnx.model_copy(update={"model": _absolute(serving.onnx.model, base)}),
+        "python": serving.python.model_copy(update={"model": _absolute(serving.python.model, base)}),
+    }
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"source": _absolute(config.model.source, base)}),
             "checkpoint": config.checkpoint.model_copy(update={"quantization": quantization}),
+            "serving": serving.model_copy(update=files),
         }
     )
 

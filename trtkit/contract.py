@@ -6,204 +6,168 @@ Names, types and shapes are those of NVIDIA's inflight_batcher_llm repository (t
 encoder-decoder, LoRA and guided-decoding tensors of preprocessing and of the ensemble are left out; the `tensorrt_llm`
 model has them all, because the C++ backend looks for them by name.
 
+Which release has which tensor was read off the same files at the tags v0.9.0 to v0.19.0 of tensorrtllm_backend and, for
+later ones, in TensorRT-LLM's triton_backend/; optional tensors of the reference runtime are those of the newest.
+
 Two tensors are additions: postprocessing takes `BATCH_INDEX` and `SEQUENCE_INDEX`, which tell apart the sequences of
 one request whose pieces arrive one by one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from trtkit.contract_tensors import Step, Tensor, in_range, may, need, ragged_, scalar_
 
-@dataclass(frozen=True)
-class Tensor:
-    """One input or output of a model.
-
-    Attributes:
-        dtype: without the `TYPE_` prefix, such as `INT32`.
-        dims: shape without the batch dimension; -1 is any size.
-        optional: a request may leave it out (inputs only).
-        scalar: the model sees shape [batch] where clients send [batch, 1] (a reshape to []).
-        ragged: requests with different sizes may share a batch.
-        reference: the `reference` runtime has this tensor too.
-    """
-
-    name: str
-    dtype: str
-    dims: tuple[int, ...] = (1,)
-    optional: bool = False
-    scalar: bool = False
-    ragged: bool = False
-    reference: bool = False
-
-    @property
-    def wire_dtype(self) -> str:
-        """The dtype as requests name it: the KServe protocol says BYTES where config.pbtxt says STRING."""
-        return "BYTES" if self.dtype == "STRING" else self.dtype
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of the ensemble: which ensemble tensor feeds which input, and what each output is called there."""
-
-    model: str
-    inputs: dict[str, str]
-    outputs: dict[str, str]
-
-
-def _need(name: str, dtype: str, *dims: int, reference: bool = False) -> Tensor:
-    return Tensor(name, dtype, dims or (1,), reference=reference)
-
-
-def _may(name: str, dtype: str, *dims: int) -> Tensor:
-    return Tensor(name, dtype, dims or (1,), optional=True)
-
-
-def _scalar(name: str, dtype: str, *, reference: bool = False) -> Tensor:
-    return Tensor(name, dtype, optional=True, scalar=True, reference=reference)
-
-
-def _ragged(name: str, dtype: str, *dims: int, reference: bool = False) -> Tensor:
-    return Tensor(name, dtype, dims or (1,), optional=True, ragged=True, reference=reference)
-
+__all__ = ["Step", "Tensor", "in_range"]  # besides the tables and functions below
 
 PREPROCESSING_INPUTS = (
-    _need("QUERY", "STRING"),
-    _need("REQUEST_OUTPUT_LEN", "INT32"),
-    _may("BAD_WORDS_DICT", "STRING", -1),
-    _may("STOP_WORDS_DICT", "STRING", -1),
-    _may("END_ID", "INT32"),
-    _may("PAD_ID", "INT32"),
+    need("QUERY", "STRING"),
+    need("REQUEST_OUTPUT_LEN", "INT32"),
+    may("BAD_WORDS_DICT", "STRING", -1),
+    may("STOP_WORDS_DICT", "STRING", -1),
+    may("END_ID", "INT32"),
+    may("PAD_ID", "INT32"),
 )
 PREPROCESSING_OUTPUTS = (
-    _need("INPUT_ID", "INT32", -1),
-    _need("REQUEST_INPUT_LEN", "INT32"),
-    _need("BAD_WORDS_IDS", "INT32", 2, -1),
-    _need("STOP_WORDS_IDS", "INT32", 2, -1),
-    _need("REQUEST_OUTPUT_LEN", "INT32", -1),
-    _need("OUT_END_ID", "INT32"),
-    _need("OUT_PAD_ID", "INT32"),
+    need("INPUT_ID", "INT32", -1),
+    need("REQUEST_INPUT_LEN", "INT32"),
+    need("BAD_WORDS_IDS", "INT32", 2, -1),
+    need("STOP_WORDS_IDS", "INT32", 2, -1),
+    need("REQUEST_OUTPUT_LEN", "INT32", -1),
+    need("OUT_END_ID", "INT32"),
+    need("OUT_PAD_ID", "INT32"),
 )
 
 POSTPROCESSING_INPUTS = (
-    _need("TOKENS_BATCH", "INT32", -1, -1),
-    _need("SEQUENCE_LENGTH", "INT32", -1),
-    _may("BATCH_INDEX", "INT32"),
-    _may("SEQUENCE_INDEX", "INT32"),
+    need("TOKENS_BATCH", "INT32", -1, -1),
+    need("SEQUENCE_LENGTH", "INT32", -1),
+    may("BATCH_INDEX", "INT32"),
+    may("SEQUENCE_INDEX", "INT32"),
 )
-POSTPROCESSING_OUTPUTS = (_need("OUTPUT", "STRING", -1),)
+POSTPROCESSING_OUTPUTS = (need("OUTPUT", "STRING", -1),)
 
 _LLM_INPUTS = (
-    _ragged("input_ids", "INT32", -1, reference=True),
-    _ragged("encoder_input_features", "FP16", -1, -1),
-    _scalar("encoder_output_lengths", "INT32"),
+    ragged_("input_ids", "INT32", -1, reference=True),
+    ragged_("encoder_input_features", "FP16", -1, -1, since="0.15"),
+    scalar_("encoder_output_lengths", "INT32", since="0.15"),
     Tensor("input_lengths", "INT32", scalar=True, reference=True),
-    Tensor("request_output_len", "INT32", scalar=True, reference=True),
-    _scalar("num_return_sequences", "INT32", reference=True),
-    _ragged("draft_input_ids", "INT32", -1),
-    _ragged("decoder_input_ids", "INT32", -1),
-    _scalar("decoder_input_lengths", "INT32"),
-    _ragged("draft_logits", "LOGITS", -1, -1),
-    _scalar("draft_acceptance_threshold", "FP32"),
-    _scalar("end_id", "INT32", reference=True),
-    _scalar("pad_id", "INT32", reference=True),
-    _ragged("stop_words_list", "INT32", 2, -1, reference=True),
-    _ragged("bad_words_list", "INT32", 2, -1, reference=True),
-    _ragged("embedding_bias", "FP32", -1),
-    _scalar("beam_width", "INT32", reference=True),
-    _scalar("temperature", "FP32", reference=True),
-    _scalar("runtime_top_k", "INT32", reference=True),
-    _scalar("runtime_top_p", "FP32", reference=True),
-    _scalar("runtime_top_p_min", "FP32"),
-    _scalar("runtime_top_p_decay", "FP32"),
-    _scalar("runtime_top_p_reset_ids", "INT32"),
-    _scalar("len_penalty", "FP32"),
-    _scalar("early_stopping", "BOOL"),
-    _scalar("repetition_penalty", "FP32", reference=True),
-    _scalar("min_tokens", "INT32", reference=True),
-    _scalar("beam_search_diversity_rate", "FP32"),
-    _scalar("presence_penalty", "FP32", reference=True),
-    _scalar("frequency_penalty", "FP32", reference=True),
-    _scalar("seed", "UINT64", reference=True),
-    _scalar("return_log_probs", "BOOL", reference=True),
-    _scalar("return_context_logits", "BOOL"),
-    _scalar("return_generation_logits", "BOOL"),
-    _scalar("return_perf_metrics", "BOOL"),
-    _scalar("exclude_input_in_output", "BOOL", reference=True),
-    _scalar("stop", "BOOL", reference=True),
-    _scalar("streaming", "BOOL", reference=True),
-    _ragged("prompt_embedding_table", "FP16", -1, -1),
-    _ragged("prompt_table_extra_ids", "UINT64", -1),
-    _scalar("prompt_vocab_size", "INT32"),
-    _ragged("cross_attention_mask", "BOOL", -1, -1),
-    _may("mrope_rotary_cos_sin", "FP32", -1),
-    _may("mrope_position_deltas", "INT64"),
-    _scalar("lora_task_id", "UINT64"),
-    _ragged("lora_weights", "FP16", -1, -1),
-    _ragged("lora_config", "INT32", -1, 3),
-    _ragged("context_phase_params", "UINT8", -1),
-    _ragged("skip_cross_attn_blocks", "BOOL"),
-    _ragged("retention_token_range_starts", "INT32", -1),
-    _ragged("retention_token_range_ends", "INT32", -1),
-    _ragged("retention_token_range_priorities", "INT32", -1),
-    _ragged("retention_token_range_durations_ms", "INT32", -1),
-    _ragged("retention_decode_priority", "INT32"),
-    _ragged("retention_decode_duration_ms", "INT32"),
-    _ragged("guided_decoding_guide_type", "STRING"),
-    _ragged("guided_decoding_guide", "STRING"),
-    _ragged("lookahead_window_size", "INT32"),
-    _ragged("lookahead_ngram_size", "INT32"),
-    _ragged("lookahead_verification_set_size", "INT32"),
+    Tensor("request_output_len", "INT32", until="0.12"),
+    Tensor("request_output_len", "INT32", scalar=True, reference=True, since="0.12"),
+    scalar_("num_return_sequences", "INT32", reference=True, since="0.14"),
+    ragged_("draft_input_ids", "INT32", -1),
+    ragged_("decoder_input_ids", "INT32", -1, since="0.11"),
+    scalar_("decoder_input_lengths", "INT32", since="0.11"),
+    ragged_("draft_logits", "LOGITS", -1, -1),
+    scalar_("draft_acceptance_threshold", "FP32", since="0.10"),
+    scalar_("end_id", "INT32", reference=True),
+    scalar_("pad_id", "INT32", reference=True),
+    ragged_("stop_words_list", "INT32", 2, -1, reference=True),
+    ragged_("bad_words_list", "INT32", 2, -1, reference=True),
+    ragged_("embedding_bias", "FP32", -1),
+    scalar_("beam_width", "INT32", reference=True),
+    scalar_("temperature", "FP32", reference=True),
+    scalar_("runtime_top_k", "INT32", reference=True),
+    scalar_("runtime_top_p", "FP32", reference=True),
+    scalar_("runtime_top_p_min", "FP32", since="0.10"),
+    scalar_("runtime_top_p_decay", "FP32", since="0.10"),
+    scalar_("runtime_top_p_reset_ids", "INT32", since="0.10"),
+    scalar_("len_penalty", "FP32"),
+    scalar_("early_stopping", "BOOL", since="0.10"),
+    scalar_("repetition_penalty", "FP32", reference=True),
+    scalar_("min_length", "INT32", until="0.20"),
+    scalar_("min_tokens", "INT32", reference=True, since="0.20"),
+    scalar_("beam_search_diversity_rate", "FP32", since="0.10"),
+    scalar_("presence_penalty", "FP32", reference=True),
+    scalar_("frequency_penalty", "FP32", reference=True),
+    scalar_("random_seed", "UINT64", until="0.20"),
+    scalar_("seed", "UINT64", reference=True, since="0.20"),
+    scalar_("return_log_probs", "BOOL", reference=True),
+    scalar_("return_context_logits", "BOOL"),
+    scalar_("return_generation_logits", "BOOL"),
+    scalar_("return_perf_metrics", "BOOL", since="0.19"),
+    scalar_("return_kv_cache_reuse_stats", "BOOL", since="0.16", until="0.19"),
+    scalar_("return_num_input_tokens", "BOOL", since="1.0"),
+    scalar_("return_num_output_tokens", "BOOL", since="1.0"),
+    scalar_("exclude_input_in_output", "BOOL", reference=True, since="0.14"),
+    may("stop", "BOOL", until="0.12"),
+    may("streaming", "BOOL", until="0.12"),
+    scalar_("stop", "BOOL", reference=True, since="0.12"),
+    scalar_("streaming", "BOOL", reference=True, since="0.12"),
+    ragged_("prompt_embedding_table", "FP16", -1, -1),
+    ragged_("prompt_table_extra_ids", "UINT64", -1, since="0.13"),
+    scalar_("prompt_vocab_size", "INT32"),
+    ragged_("cross_attention_mask", "BOOL", -1, -1, since="0.15"),
+    may("mrope_rotary_cos_sin", "FP32", -1, since="0.19"),
+    may("mrope_position_deltas", "INT64", since="0.19"),
+    scalar_("lora_task_id", "UINT64"),
+    ragged_("lora_weights", "FP16", -1, -1),
+    ragged_("lora_config", "INT32", -1, 3),
+    ragged_("context_phase_params", "UINT8", -1, since="0.14"),
+    ragged_("skip_cross_attn_blocks", "BOOL", since="0.16"),
+    ragged_("retention_token_range_starts", "INT32", -1, since="0.17"),
+    ragged_("retention_token_range_ends", "INT32", -1, since="0.17"),
+    ragged_("retention_token_range_priorities", "INT32", -1, since="0.17"),
+    ragged_("retention_token_range_durations_ms", "INT32", -1, since="0.17"),
+    ragged_("retention_decode_priority", "INT32", since="0.17"),
+    ragged_("retention_decode_duration_ms", "INT32", since="0.17"),
+    ragged_("guided_decoding_guide_type", "STRING", since="0.19"),
+    ragged_("guided_decoding_guide", "STRING", since="0.19"),
+    ragged_("lookahead_window_size", "INT32", since="0.19"),
+    ragged_("lookahead_ngram_size", "INT32", since="0.19"),
+    ragged_("lookahead_verification_set_size", "INT32", since="0.19"),
 )
 _LLM_OUTPUTS = (
-    _need("output_ids", "INT32", -1, -1, reference=True),
-    _need("sequence_length", "INT32", -1, reference=True),
-    _need("cum_log_probs", "FP32", -1, reference=True),
-    _need("output_log_probs", "FP32", -1, -1, reference=True),
-    _need("context_logits", "LOGITS", -1, -1),
-    _need("generation_logits", "LOGITS", -1, -1, -1),
-    _need("batch_index", "INT32", reference=True),
-    _need("sequence_index", "INT32", reference=True),
-    _need("context_phase_params", "UINT8", -1),
-    _need("kv_cache_alloc_new_blocks", "INT32"),
-    _need("kv_cache_reused_blocks", "INT32"),
-    _need("kv_cache_alloc_total_blocks", "INT32"),
-    _need("arrival_time_ns", "INT64"),
-    _need("first_scheduled_time_ns", "INT64"),
-    _need("first_token_time_ns", "INT64"),
-    _need("last_token_time_ns", "INT64"),
-    _need("acceptance_rate", "FP32"),
-    _need("total_accepted_draft_tokens", "INT32"),
-    _need("total_draft_tokens", "INT32"),
+    need("output_ids", "INT32", -1, -1, reference=True),
+    need("sequence_length", "INT32", -1, reference=True),
+    need("cum_log_probs", "FP32", -1, reference=True),
+    need("output_log_probs", "FP32", -1, -1, reference=True),
+    need("context_logits", "LOGITS", -1, -1),
+    need("generation_logits", "LOGITS", -1, -1, -1),
+    need("batch_index", "INT32", reference=True, since="0.12"),
+    need("sequence_index", "INT32", reference=True, since="0.14"),
+    need("context_phase_params", "UINT8", -1, since="0.14"),
+    need("kv_cache_alloc_new_blocks", "INT32", since="0.16"),
+    need("kv_cache_reused_blocks", "INT32", since="0.16"),
+    need("kv_cache_alloc_total_blocks", "INT32", since="0.16"),
+    need("arrival_time_ns", "INT64", since="0.19"),
+    need("first_scheduled_time_ns", "INT64", since="0.19"),
+    need("first_token_time_ns", "INT64", since="0.19"),
+    need("last_token_time_ns", "INT64", since="0.19"),
+    need("acceptance_rate", "FP32", since="0.19"),
+    need("total_accepted_draft_tokens", "INT32", since="0.19"),
+    need("total_draft_tokens", "INT32", since="0.19"),
+    need("num_input_tokens", "INT32", since="1.0"),
+    need("num_output_tokens", "INT32", since="1.0"),
 )
 
 ENSEMBLE_INPUTS = (
-    _need("text_input", "STRING"),
-    _need("max_tokens", "INT32"),
-    _may("num_return_sequences", "INT32"),
-    _may("bad_words", "STRING", -1),
-    _may("stop_words", "STRING", -1),
-    _may("exclude_input_in_output", "BOOL"),
-    _may("end_id", "INT32"),
-    _may("pad_id", "INT32"),
-    _may("top_k", "INT32"),
-    _may("top_p", "FP32"),
-    _may("temperature", "FP32"),
-    _may("repetition_penalty", "FP32"),
-    _may("min_tokens", "INT32"),
-    _may("presence_penalty", "FP32"),
-    _may("frequency_penalty", "FP32"),
-    _may("seed", "UINT64"),
-    _may("return_log_probs", "BOOL"),
-    _may("beam_width", "INT32"),
-    _may("stream", "BOOL"),
+    need("text_input", "STRING"),
+    need("max_tokens", "INT32"),
+    may("num_return_sequences", "INT32"),
+    may("bad_words", "STRING", -1),
+    may("stop_words", "STRING", -1),
+    may("exclude_input_in_output", "BOOL"),
+    may("end_id", "INT32"),
+    may("pad_id", "INT32"),
+    may("top_k", "INT32"),
+    may("top_p", "FP32"),
+    may("temperature", "FP32"),
+    may("repetition_penalty", "FP32"),
+    may("min_tokens", "INT32"),
+    may("presence_penalty", "FP32"),
+    may("frequency_penalty", "FP32"),
+    may("seed", "UINT64"),
+    may("return_log_probs", "BOOL"),
+    may("beam_width", "INT32"),
+    may("stream", "BOOL"),
 )
 ENSEMBLE_OUTPUTS = (
-    _need("text_output", "STRING", -1),
-    _need("cum_log_probs", "FP32", -1),
-    _need("output_log_probs", "FP32", -1, -1),
-    _need("batch_index", "INT32"),
-    _need("sequence_index", "INT32"),
+    need("text_output", "STRING", -1),
+    need("cum_log_probs", "FP32", -1),
+    need("output_log_probs", "FP32", -1, -1),
+    need("batch_index", "INT32"),
+    need("sequence_index", "INT32"),
 )
 ENSEMBLE_STEPS = (
     Step(
@@ -272,24 +236,62 @@ ENSEMBLE_STEPS = (
 )
 
 
-def llm_inputs(*, reference: bool = False, logits_dtype: str = "FP32") -> tuple[Tensor, ...]:
+def llm_inputs(
+    *, reference: bool = False, logits_dtype: str = "FP32", version: str | None = None
+) -> tuple[Tensor, ...]:
     """Inputs of the `tensorrt_llm` model.
 
     Args:
         reference: only those that the `reference` runtime has.
         logits_dtype: dtype of the engine's logits, which depends on how it was built.
+        version: of TensorRT-LLM, whose C++ backend looks for its own set of tensors; None is the newest.
     """
-    return _select(_LLM_INPUTS, reference, logits_dtype)
+    return _select(_LLM_INPUTS, reference, logits_dtype, version)
 
 
-def llm_outputs(*, reference: bool = False, logits_dtype: str = "FP32") -> tuple[Tensor, ...]:
+def llm_outputs(
+    *, reference: bool = False, logits_dtype: str = "FP32", version: str | None = None
+) -> tuple[Tensor, ...]:
     """Outputs of the `tensorrt_llm` model; arguments as in `llm_inputs`."""
-    return _select(_LLM_OUTPUTS, reference, logits_dtype)
+    return _select(_LLM_OUTPUTS, reference, logits_dtype, version)
 
 
-def _select(tensors: tuple[Tensor, ...], reference: bool, logits_dtype: str) -> tuple[Tensor, ...]:
+def ensemble_steps(version: str | None = None) -> tuple[Step, ...]:
+    """The steps of the ensemble around the `tensorrt_llm` model of a TensorRT-LLM version: what its model does not
+    have is not mapped, and what it calls otherwise is mapped by that name."""
+    inputs = {tensor.name for tensor in llm_inputs(version=version)}
+    outputs = {tensor.name for tensor in llm_outputs(version=version)}
+    before, llm, after = ENSEMBLE_STEPS
+    renamed = {(name if name in inputs else _OLD_NAMES.get(name, name)): value for name, value in llm.inputs.items()}
+    llm = Step(
+        llm.model,
+        inputs={name: value for name, value in renamed.items() if name in inputs},
+        outputs={name: value for name, value in llm.outputs.items() if name in outputs},
+    )
+    made = {*before.outputs.values(), *llm.outputs.values()}
+    after = replace(after, inputs={name: value for name, value in after.inputs.items() if value in made})
+    return before, llm, after
+
+
+def ensemble_inputs(version: str | None = None) -> tuple[Tensor, ...]:
+    """Inputs of the ensemble that some step of `ensemble_steps` consumes."""
+    used = {value for step in ensemble_steps(version) for value in step.inputs.values()}
+    return tuple(tensor for tensor in ENSEMBLE_INPUTS if tensor.name in used)
+
+
+def ensemble_outputs(version: str | None = None) -> tuple[Tensor, ...]:
+    """Outputs of the ensemble that some step of `ensemble_steps` produces."""
+    made = {value for step in ensemble_steps(version) for value in step.outputs.values()}
+    return tuple(tensor for tensor in ENSEMBLE_OUTPUTS if tensor.name in made)
+
+
+_OLD_NAMES = {"min_tokens": "min_length", "seed": "random_seed"}
+"""Inputs of the `tensorrt_llm` model that had another name before TensorRT-LLM 0.20."""
+
+
+def _select(tensors: tuple[Tensor, ...], reference: bool, logits_dtype: str, version: str | None) -> tuple[Tensor, ...]:
     return tuple(
         replace(tensor, dtype=logits_dtype) if tensor.dtype == "LOGITS" else tensor
         for tensor in tensors
-        if tensor.reference or not reference
+        if tensor.known_to(version) and (tensor.reference or not reference)
     )

@@ -128,8 +128,8 @@ def test_a_missing_file_is_an_input_error(tmp_path: Path) -> None:
 
 def test_the_contract_has_what_both_runtimes_share() -> None:
     inputs, outputs = contract.llm_inputs(), contract.llm_outputs()
-    assert (len(inputs), len(outputs)) == (60, 19)
-    assert len({t.name for t in inputs}) == 60
+    assert (len(inputs), len(outputs)) == (62, 21)
+    assert len({t.name for t in inputs}) == 62
     step = contract.ENSEMBLE_STEPS[1]
     assert step.model == "tensorrt_llm"
     assert set(step.inputs) <= {t.name for t in contract.llm_inputs(reference=True)}

@@ -16,6 +16,7 @@ from trtkit.cli._common import dry_run_option, json_option, note, print_json, pr
 if TYPE_CHECKING:
     from trtkit.config import BuildConfig
     from trtkit.deploy.deployment import Deployment
+    from trtkit.deploy.versions import ModelVersion
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _path = click.Path(path_type=Path)
@@ -114,7 +115,7 @@ def render(config_file: Path, as_json: bool, **options: Any) -> None:
 @click.argument("name", required=False)
 @json_option
 def status(name: str | None, as_json: bool) -> None:
-    """Show deployments that were started from here, or the one called NAME.
+    """Show deployments that were started from here, or the one called NAME and the versions that it serves.
 
     \b
     Example:
@@ -126,8 +127,10 @@ def status(name: str | None, as_json: bool) -> None:
     if name is None:
         local.forget_transient()
     found = [_room(name).status(name)] if name else _look_at_all()
+    versions = _versions_of(found[0]) if name else []
     if as_json:
-        print_json(found[0].to_dict() if name else [deployment.to_dict() for deployment in found])
+        listed = {"versions": [one.to_dict() for one in versions]}
+        print_json(found[0].to_dict() | listed if name else [deployment.to_dict() for deployment in found])
         return
     if not found:
         note("nothing was deployed from here yet")
@@ -137,6 +140,9 @@ def status(name: str | None, as_json: bool) -> None:
         for one in found
     ]
     print_table(("name", "target", "state", "HTTP", "gRPC"), rows)
+    if versions:
+        states = [(one.model, one.version, one.state, one.reason) for one in versions if one.reason != "unloaded"]
+        print_table(("model", "version", "state", "reason"), states)
     for deployment in found:
         if deployment.phase == "unknown":
             note(f"{deployment.name}: {deployment.reason}")
@@ -220,6 +226,12 @@ def _print_what_would_stop(name: str | None, forget: bool, as_json: bool) -> Non
         click.echo(f"{one.name}: {f'would stop {where}' if one.running else over}{also}")
     if not shown:
         click.echo("nothing is running")
+
+
+def _versions_of(deployment: Deployment) -> list[ModelVersion]:
+    from trtkit.deploy.versions import versions_of
+
+    return versions_of(deployment) if deployment.phase == "running" else []
 
 
 def _forget(name: str | None) -> None:

@@ -8,6 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ipaddress import IPv6Address
+from typing import Literal
+
+ModelControl = Literal["none", "poll"]
+
+POLL_SECONDS = 2
+"""How often a polling server looks for changes; a version that cannot be loaded is tried again as often."""
 
 
 def server_arguments(
@@ -22,21 +28,28 @@ def server_arguments(
     backend_directory: str | None = None,
     cache_directory: str | None = None,
     log_verbose: int = 0,
+    model_control: ModelControl = "none",
 ) -> list[str]:
-    """Arguments of a server that serves everything in `repository` and lets nobody change that.
+    """Arguments of a server that serves everything in `repository` and lets no client change that.
 
     Model configurations must be complete (no auto-completion: it starts every python model twice), a model that does
     not load ends the server, and clients may not load models (that would let them run code).
 
     Args:
         shm_prefix: begins the names of the python backend's shared-memory regions; unique on the machine.
+        model_control: `none`, or `poll`: the server takes over what changes in the repository, and clients still
+            may not. Once a version failed to load, a strictly ready server would report itself as not ready for
+            ever, although the version before it serves on; a polling one is ready when it takes requests, and
+            every model is asked by itself.
     """
+    control = ["--model-control-mode=none", "--strict-readiness=true"]
+    if model_control == "poll":
+        control = ["--model-control-mode=poll", f"--repository-poll-secs={POLL_SECONDS}", "--strict-readiness=false"]
     arguments = [
         f"--model-repository={repository}",
-        "--model-control-mode=none",
+        *control,
         "--disable-auto-complete-config",
         "--exit-on-error=true",
-        "--strict-readiness=true",
         f"--exit-timeout-secs={exit_timeout_s}",
         f"--http-address={_http_address(host)}",
         f"--http-port={http_port}",

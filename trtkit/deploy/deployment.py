@@ -30,6 +30,7 @@ class Deployment:
         reason: why it ended, or is ending.
         started_at, ended_at: seconds since the epoch.
         token: names this very start; every process of it carries the token in its environment.
+        model_control: `poll` when the server takes over what changes in the repository, else `none`.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Deployment:
     reason: str = ""
     ended_at: float | None = None
     token: str = ""
+    model_control: str = "none"
 
     @property
     def running(self) -> bool:

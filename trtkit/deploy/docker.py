@@ -179,7 +179,7 @@ def _attempt(
     on_progress: Progress | None,
 ) -> Deployment:
     _ensure_image(run.image, on_progress)
-    record = _record(run, models, folder)
+    record = _record(run, models, folder) | {"model_control": config.deploy.model_control}
     state.write(folder, record)
     try:
         _start_container(run, record)

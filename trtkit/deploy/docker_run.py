@@ -150,7 +150,7 @@ def render(
         mounts=tuple(mounts),
         gpus=gpus_option(_enough_gpus(deploy.gpu_ids, world_size)),
         shm_size=deploy.shm_size,
-        command=_command(str(mounts[0].source), f"{chosen}_", deploy.exit_timeout_s, world_size),
+        command=_command(config, str(mounts[0].source), f"{chosen}_", world_size),
         pass_environment=tuple(pass_environment),
         user=user,
         stop_timeout_s=deploy.exit_timeout_s + int(STOP_MARGIN_S),
@@ -158,16 +158,26 @@ def render(
     )
 
 
-def _command(repository: str, shm_prefix: str, exit_timeout_s: int, world_size: int) -> tuple[str, ...]:
-    """What runs inside the container."""
+def _command(config: BuildConfig, repository: str, shm_prefix: str, world_size: int) -> tuple[str, ...]:
+    """What runs inside the container.
+
+    Raises:
+        InputError: several MPI ranks that would poll: each would take over a change at a time of its own.
+    """
+    if config.deploy.model_control == "poll" and world_size > 1:
+        raise InputError(
+            f"deploy.model_control 'poll' cannot swap versions of an engine with {world_size} MPI ranks",
+            "leave it at 'none', and start a second deployment for the new version",
+        )
     arguments = server_arguments(
         repository,
         host="0.0.0.0",  # noqa: S104 - inside the container; the published ports decide who gets in
         http_port=INSIDE[0],
         grpc_port=INSIDE[1],
         metrics_port=INSIDE[2],
-        exit_timeout_s=exit_timeout_s,
+        exit_timeout_s=config.deploy.exit_timeout_s,
         shm_prefix=shm_prefix,
+        model_control=config.deploy.model_control,
     )
     return tuple(mpi_command("tritonserver", arguments, world_size=world_size, shm_prefix=shm_prefix))
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import trtkit
+from trtkit import bytecode
 from trtkit.deploy import alias, ports, processes, readiness, serverlog, state
-from trtkit.deploy.command import server_arguments
+from trtkit.deploy.command import ModelControl, server_arguments
 from trtkit.deploy.deployment import Deployment, clear_crashed, from_record
 from trtkit.deploy.server import Server, environment, find_server, prepared
 from trtkit.deploy.supervisor import STOP_MARGIN_S
@@ -46,6 +47,7 @@ class ServerSpec:
         log_path: None keeps `server.log` in the deployment's state folder.
         log_verbose: the server's verbosity, 0 to 3.
         transient: of a run that is over with this process: its record is forgotten some time after that.
+        model_control: `poll` has the server take over what changes in the repository.
     """
 
     name: str
@@ -61,6 +63,7 @@ class ServerSpec:
     log_path: str | Path | None = None
     log_verbose: int = 0
     transient: bool = False
+    model_control: ModelControl = "none"
 
     @property
     def ports(self) -> tuple[int, int, int]:
@@ -134,6 +137,8 @@ def start(spec: ServerSpec, *, wait: bool, on_progress: Progress | None) -> Laun
                 raise _already_running(folder, spec.name)
             clear_crashed(folder, old)
         server = prepared(find_server(spec.tritonserver))
+        if spec.model_control == "poll":
+            bytecode.compile_models(repository)
         for _ in range(PORT_ATTEMPTS if 0 in spec.ports else 1):
             serverlog.begin(log)
             with suppress(_PortTakenError):
@@ -162,6 +167,7 @@ def command_of(
             backend_directory=str(server.backends) if server.backends else None,
             cache_directory=str(server.caches) if server.caches else None,
             log_verbose=spec.log_verbose,
+            model_control=spec.model_control,
         ),
     ]
 
@@ -237,6 +243,7 @@ def _record(
         "argv": command_of(spec, server, chosen, token, link),
         "shm_prefix": _shm_prefix(token),
         "exit_timeout_s": spec.exit_timeout_s,
+        "model_control": spec.model_control,
         "alias": None if link is None else str(link),
         "transient_of": owner if spec.transient else None,
         "started_at": time.time(),

@@ -71,6 +71,7 @@ def spec_from_config(config: BuildConfig, repository: str | Path, name: str | No
         metrics_port=deploy.metrics_port,
         ready_timeout_s=deploy.ready_timeout_s,
         exit_timeout_s=deploy.exit_timeout_s,
+        model_control=deploy.model_control,
     )
 
 

@@ -176,14 +176,17 @@ class Gcs(Store):
         return os.environ.get("STORAGE_EMULATOR_HOST") or "https://storage.googleapis.com"
 
 
-def open_store(location: Location) -> Store:
+def open_store(location: Location, *, write: bool = False) -> Store:
     """The folder's store, with credentials and endpoint from the environment. Nothing is asked yet.
+
+    Args:
+        write: ask for the right to write, too.
 
     Raises:
         LacksError: the extra is not installed, or the environment's settings cannot be used.
     """
     try:
-        return S3(location, _s3_filesystem()) if location.scheme == "s3" else Gcs(location, _gcs_filesystem())
+        return S3(location, _s3_filesystem()) if location.scheme == "s3" else Gcs(location, _gcs_filesystem(write))
     except ImportError as error:
         package = "s3fs" if location.scheme == "s3" else "gcsfs"
         raise missing_extra(package, location.scheme) from error
@@ -200,13 +203,13 @@ def _s3_filesystem() -> Any:
     return filesystem
 
 
-def _gcs_filesystem() -> Any:
+def _gcs_filesystem(write: bool) -> Any:
     import aiohttp
     from gcsfs.core import GCSFileSystem  # the JSON interface; the package's other class needs gRPC
 
     for name in ("gcsfs", "google"):  # they log tracebacks, which python prints where nobody else listens
         logging.getLogger(name).addHandler(logging.NullHandler())
-    settings: dict[str, Any] = {"access": "read_only"}
+    settings: dict[str, Any] = {"access": "read_write" if write else "read_only"}
     if os.environ.get("STORAGE_EMULATOR_HOST"):
         settings["token"] = "anon"  # noqa: S105 - real credentials are not for an emulator
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=60)

@@ -277,7 +277,7 @@ def test_a_repository_for_another_machine_is_generated_although_its_checkpoint_i
 
 
 def test_cli_lint_rules_are_the_table() -> None:
-    from trtkit.repository.lint_rules import RULES
+    from trtkit.repository.lint.rules import RULES
 
     rows = json.loads(run("lint", "--rules", "--json").stdout)
     assert {row["id"]: (row["severity"], row["title"]) for row in rows} == RULES

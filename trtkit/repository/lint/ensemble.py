@@ -1,4 +1,8 @@
-"""Lint rules about ensembles: whether the steps fit each other, the ensemble's own tensors and the decoupled ones."""
+"""Lint rules about ensembles: whether the steps fit each other, the ensemble's own tensors and the decoupled ones.
+
+The rules are those of triton-inference-server/core: src/model_config_utils.cc (ValidateEnsembleSchedulingConfig) and
+src/ensemble_scheduler/ensemble_utils.cc (ValidateEnsembleConfig).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trtkit.findings import Finding
-from trtkit.repository.lint_rules import Model, finding
+from trtkit.repository.lint.repository import Model, enum_name
+from trtkit.repository.lint.rules import finding
 
 
 @dataclass
@@ -25,23 +30,35 @@ class _Use:
 
 @dataclass
 class _Graph:
-    """The ensemble as tensors with their ends. Ends at models that cannot be read are in `unknown`."""
+    """The ensemble as tensors with their ends, in the order in which the server meets them. Tensors with an end at a
+    model that cannot be read are in `unknown`."""
 
     model: Model
     producers: dict[str, list[_Use]] = field(default_factory=dict)
     consumers: dict[str, list[_Use]] = field(default_factory=dict)
+    ends: dict[str, list[_Use]] = field(default_factory=dict)
     unknown: set[str] = field(default_factory=set)
+
+    def add(self, name: str, use: _Use, *, produces: bool) -> None:
+        (self.producers if produces else self.consumers).setdefault(name, []).append(use)
+        self.ends.setdefault(name, []).append(use)
 
 
 def lint_ensemble(model: Model, models: dict[str, Model]) -> list[Finding]:
     """Findings about an ensemble, given all models of its repository by name."""
     graph = _Graph(model)
     findings = [*_settings(model), *_steps(graph, models)]
+    if not model.config.ensemble_scheduling.step:
+        fix = "add ensemble_scheduling with at least one step"
+        return [*findings, finding("TK157", model.at("ensemble_scheduling", "platform"), "no step", fix)]
     findings += [*_tensors_meet(graph), *_ends_agree(graph)]
     order = _order(graph)
     if order is None:
         fix = "break the circle: a step can only use what earlier ones produce"
-        findings.append(finding("TK151", model.place("ensemble_scheduling"), "some steps wait for each other", fix))
+        findings.append(finding("TK151", model.at("ensemble_scheduling"), "some steps wait for each other", fix))
+    elif circle := _circle(model, models):
+        fix = "break the circle: an ensemble cannot contain itself"
+        findings.append(finding("TK151", model.at("ensemble_scheduling"), " contains ".join(circle), fix))
     else:
         findings += _decoupling(graph, models, order)
     return findings
@@ -51,35 +68,39 @@ def _settings(model: Model) -> Iterator[Finding]:
     config = model.config
     given = [
         name
-        for name in ("instance_group", "dynamic_batching", "sequence_batching", "optimization")
+        for name in ("instance_group", "dynamic_batching", "sequence_batching", "optimization", "model_warmup")
         if _is_set(config, name)
     ]
     given += ["backend"] if config.backend else []
     for name in given:
-        yield finding("TK152", model.place(name), f"{name} is not for ensembles", f"remove {name}; set it on the steps")
+        yield finding("TK152", model.at(name), f"{name} is not for ensembles", f"remove {name}; set it on the steps")
 
 
 def _is_set(config: Any, name: str) -> bool:
     value = getattr(config, name)
-    return len(value) > 0 if name == "instance_group" else bool(config.HasField(name))
+    return len(value) > 0 if name in ("instance_group", "model_warmup") else bool(config.HasField(name))
 
 
 def _steps(graph: _Graph, models: dict[str, Model]) -> Iterator[Finding]:
     """Checks each step against its model, and fills the graph."""
     model = graph.model
     for tensor in model.config.input:
-        graph.producers.setdefault(tensor.name, []).append(_Use(None, model, tensor))
+        graph.add(tensor.name, _Use(None, model, tensor), produces=True)
     for tensor in model.config.output:
-        graph.consumers.setdefault(tensor.name, []).append(_Use(None, model, tensor))
+        graph.add(tensor.name, _Use(None, model, tensor), produces=False)
     for number, step in enumerate(model.config.ensemble_scheduling.step):
         target = models.get(step.model_name)
-        if target is None:
+        for part in ("model_name", "input_map", "output_map"):
+            if not getattr(step, part):
+                place = model.at(f"ensemble_scheduling.step[{number}]")
+                yield finding("TK157", place, f"step {number + 1} has no {part}", f"add {part}")
+        if target is None and step.model_name:
             fix = f"add the model, or name one of {', '.join(name for name in models if name != model.name)}"
             yield finding(
                 "TK141", model.place(step.model_name), f"model '{step.model_name}' is not in the repository", fix
             )
-        elif target.config is not None:
-            yield from _step_model(model, step, target)
+        elif target is not None and target.config is not None:
+            yield from _step_model(model, number, target)
         if target is None or target.config is None:
             graph.unknown.update(step.input_map.values(), step.output_map.values())
             continue
@@ -87,34 +108,32 @@ def _steps(graph: _Graph, models: dict[str, Model]) -> Iterator[Finding]:
         yield from _connect(graph, number, step.output_map, target, is_input=False)
 
 
-def _step_model(model: Model, step: Any, target: Model) -> Iterator[Finding]:
+def _step_model(model: Model, number: int, target: Model) -> Iterator[Finding]:
+    step = model.config.ensemble_scheduling.step[number]
+    here = f"ensemble_scheduling.step[{number}]"
     size, limit = model.config.max_batch_size, target.config.max_batch_size
     if size > limit > 0:
         cause = f"max_batch_size {size}, but step '{target.name}' takes {limit}"
-        yield finding(
-            "TK150",
-            model.place("max_batch_size"),
-            cause,
-            f"set it to {limit} or less, or raise that of '{target.name}'",
-        )
-    if step.model_version > 0 and step.model_version not in target.served_versions():
+        fix = f"set it to {limit} or less, or raise that of '{target.name}'"
+        yield finding("TK150", model.at("max_batch_size"), cause, fix)
+    if step.model_version != -1 and step.model_version not in target.served_versions():
         cause = f"version {step.model_version} of '{target.name}' is not served"
-        yield finding("TK155", model.place(target.name), cause, "use model_version: -1 for the newest")
+        place = model.at(f"{here}.model_version", here)
+        yield finding("TK155", place, cause, "use model_version: -1 for the newest")
     for tensor in target.config.input:
         if not tensor.optional and tensor.name not in step.input_map:
             cause = f"input '{tensor.name}' of step '{target.name}' is required"
-            yield finding("TK143", model.place(target.name), cause, "map a tensor to it in input_map")
+            yield finding("TK143", model.at(f"{here}.model_name"), cause, "map a tensor to it in input_map")
 
 
 def _connect(graph: _Graph, number: int, mapping: Any, target: Model, *, is_input: bool) -> Iterator[Finding]:
     tensors = target.config.input if is_input else target.config.output
     kind = "input" if is_input else "output"
-    ends = graph.consumers if is_input else graph.producers
     for name, value in mapping.items():
         # Every tensor of that name: the server takes an output that its model declares twice for two producers.
         found = [tensor for tensor in tensors if tensor.name == name]
         for tensor in found:
-            ends.setdefault(value, []).append(_Use(number, target, tensor))
+            graph.add(value, _Use(number, target, tensor), produces=not is_input)
         if found:
             continue
         graph.unknown.add(value)
@@ -158,28 +177,56 @@ def _tensors_meet(graph: _Graph) -> Iterator[Finding]:
 
 
 def _ends_agree(graph: _Graph) -> Iterator[Finding]:
+    """All ends of a tensor agree with the one that the server meets first, and with the one that produces it."""
     from tritonclient.grpc import model_config_pb2 as pb
 
-    for name, sources in graph.producers.items():
-        for end in graph.consumers.get(name, []):
-            source = sources[0]
-            if source.tensor.data_type != end.tensor.data_type:
-                types = [pb.DataType.Name(use.tensor.data_type) for use in (source, end)]
-                cause = f"'{name}' is {types[0]} as {source.name}, and {types[1]} as {end.name}"
-                yield finding("TK148", graph.model.place(name), cause, "make the two types equal")
-            elif not _shapes_fit(_full_shape(source), _full_shape(end)):
-                shapes = [list(use.tensor.dims) for use in (source, end)]
-                cause = f"'{name}' is {shapes[0]} as {source.name}, and {shapes[1]} as {end.name}"
-                yield finding("TK149", graph.model.place(name), cause, "make the two shapes equal, or use -1")
+    for name, ends in graph.ends.items():
+        sources = [ends[0], *graph.producers.get(name, [])[:1]]
+        for end in ends[1:]:
+            for source in sources:
+                if source.tensor.data_type != end.tensor.data_type:
+                    types = [enum_name(pb.DataType, use.tensor.data_type) for use in (source, end)]
+                    cause = f"'{name}' is {types[0]} as {source.name}, and {types[1]} as {end.name}"
+                    yield finding("TK148", graph.model.place(name), cause, "make the two types equal")
+                    break
+                if not _shapes_fit(source, end):
+                    shapes = [_dims(use) for use in (source, end)]
+                    cause = f"'{name}' is {shapes[0]} as {source.name}, and {shapes[1]} as {end.name}"
+                    yield finding("TK149", graph.model.place(name), cause, "make the two shapes equal, or use -1")
+                    break
 
 
-def _full_shape(use: _Use) -> list[int]:
-    dims = list(use.tensor.dims)
-    return [-1, *dims] if use.owner.config.max_batch_size else dims
+def _dims(use: _Use) -> list[int]:
+    """Of the ensemble's own tensors the reshaped ones count."""
+    tensor = use.tensor
+    return list(tensor.reshape.shape if use.step is None and tensor.HasField("reshape") else tensor.dims)
 
 
-def _shapes_fit(one: list[int], other: list[int]) -> bool:
-    return len(one) == len(other) and all(a == b or -1 in (a, b) for a, b in zip(one, other, strict=True))
+def _shapes_fit(one: _Use, other: _Use) -> bool:
+    """Whether two shapes can be equal, with or without the batch dimension that a batching model has."""
+    full = [[-1, *_dims(use)] if use.owner.config.max_batch_size > 0 else _dims(use) for use in (one, other)]
+    return any(
+        len(a) == len(b) and all(x == y or -1 in (x, y) for x, y in zip(a, b, strict=True))
+        for a, b in ([_dims(one), _dims(other)], full)
+    )
+
+
+def _circle(model: Model, models: dict[str, Model]) -> list[str] | None:
+    """Names of ensembles, each of which is a step of the one before, from the model back to it."""
+    trails = [[model.name]]
+    seen: set[str] = set()
+    while trails:
+        trail = trails.pop()
+        inner = models.get(trail[-1])
+        if inner is None or inner.config is None:
+            continue
+        for name in {step.model_name for step in inner.config.ensemble_scheduling.step}:
+            if name == model.name:
+                return [*trail, name]
+            if name not in seen:
+                seen.add(name)
+                trails.append([*trail, name])
+    return None
 
 
 def _order(graph: _Graph) -> list[int] | None:
@@ -190,9 +237,6 @@ def _order(graph: _Graph) -> list[int] | None:
             for end in ends:
                 if source.step is not None and end.step is not None:
                     needs[end.step].add(source.step)
-    names = [step.model_name for step in graph.model.config.ensemble_scheduling.step]
-    if graph.model.name in names:
-        return None
     order: list[int] = []
     while len(order) < len(needs):
         ready = [number for number in needs if number not in order and needs[number] <= set(order)]
@@ -216,24 +260,21 @@ def _decoupling(graph: _Graph, models: dict[str, Model], order: list[int]) -> It
         sources = {stems[value] for value in step.input_map.values() if value in stems}
         if len(sources) > 1:
             cause = f"step '{step.model_name}' takes tensors from {_describe(sources, steps)}"
-            yield finding(
-                "TK154", model.place(step.model_name), cause, "pass what it needs through the decoupled model"
-            )
+            place = model.at(f"ensemble_scheduling.step[{number}]")
+            yield finding("TK154", place, cause, "pass what it needs through the decoupled model")
         stem = next((source for source in sources if source is not None), None)
         if target is None or target.config is None:
             continue
         if stem is not None and (count := _instance_count(target)) > 1:
             cause = f"step '{target.name}' has {count} instances behind decoupled '{steps[stem].model_name}'"
-            yield finding("TK153", f"{target.name}/config.pbtxt", cause, "set its instance count to 1")
+            yield finding("TK153", target.at("instance_group.count"), cause, "set its instance count to 1")
         if _is_decoupled(target, models):
             stem = number
         stems.update(dict.fromkeys(step.output_map.values(), stem))
     sources = {stems[tensor.name] for tensor in model.config.output if tensor.name in stems}
     if len(sources) > 1:
         cause = f"the outputs come from {_describe(sources, steps)}"
-        yield finding(
-            "TK154", model.place("output"), cause, "return only tensors that stem from the same decoupled step"
-        )
+        yield finding("TK154", model.at("output"), cause, "return only tensors that stem from the same decoupled step")
 
 
 def _describe(stems: set[int | None], steps: Any) -> str:

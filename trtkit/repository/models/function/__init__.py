@@ -1,0 +1,1 @@
+"""A typed function in Triton's python backend."""

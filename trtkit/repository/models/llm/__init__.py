@@ -1,0 +1,1 @@
+"""The model `llm`: what lies beside the package serving/ in a repository."""
