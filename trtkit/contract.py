@@ -48,7 +48,8 @@ POSTPROCESSING_INPUTS = (
 POSTPROCESSING_OUTPUTS = (need("OUTPUT", "STRING", -1),)
 
 _LLM_INPUTS = (
-    ragged_("input_ids", "INT32", -1, reference=True),
+    Tensor("input_ids", "INT32", (-1,), ragged=True, until="0.15"),
+    ragged_("input_ids", "INT32", -1, reference=True, since="0.15"),
     ragged_("encoder_input_features", "FP16", -1, -1, since="0.15"),
     scalar_("encoder_output_lengths", "INT32", since="0.15"),
     Tensor("input_lengths", "INT32", scalar=True, reference=True),

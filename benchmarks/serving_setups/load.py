@@ -57,7 +57,9 @@ class Figures:
         self.closes = 0.0
 
 
-async def stream_user(channel: Any, requests: list[bytes], tokens: int, figures: Figures, start: int, step: int) -> None:
+async def stream_user(
+    channel: Any, requests: list[bytes], tokens: int, figures: Figures, start: int, step: int
+) -> None:
     call = channel.stream_stream(
         STREAM, request_serializer=None, response_deserializer=pb.ModelStreamInferResponse.FromString
     )()
@@ -125,10 +127,7 @@ async def main() -> None:
     started = time.monotonic()
     figures.closes = started + float(seconds)
     await asyncio.gather(
-        *(
-            user(channels[number % CHANNELS], requests, job["tokens"], figures, number, users)
-            for number in range(users)
-        )
+        *(user(channels[number % CHANNELS], requests, job["tokens"], figures, number, users) for number in range(users))
     )
     wall = float(seconds)
     after = resource.getrusage(resource.RUSAGE_SELF)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import string
 from collections.abc import Callable
@@ -11,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from trtkit import contract, pbtxt
+from trtkit.config import BuildConfig
+from trtkit.repository.generate import render_repository, write_repository
+from trtkit.repository.layouts.job import Files
 
 HERE = Path(__file__).parent
 SLOTS = 128
@@ -108,6 +110,46 @@ def write_nvidia(folder: Path, models: Path, tokenizer: Path, *, streams: bool) 
     write_echo(folder, streams=streams, config=filled("tensorrt_llm"))
 
 
-def tokenizer_settings(folder: Path) -> dict[str, Any]:
-    settings: dict[str, Any] = json.loads((folder / "generation_config.json").read_text())
-    return settings
+def write_ensemble(folder: Path, tokenizer: Path, *, streams: bool) -> None:
+    """trtkit's `ensemble` topology around the stand-in engine."""
+    files = _render(tokenizer, runtime="tensorrtllm", topology="ensemble", streams=streams)
+    config = files.pop("tensorrt_llm/config.pbtxt")
+    assert isinstance(config, str)
+    kept = {name: content for name, content in files.items() if not name.startswith(("llm/", "tensorrt_llm/"))}
+    _write(kept, folder)
+    write_echo(folder, streams=streams, config=config.replace('backend: "tensorrtllm"', 'backend: "python"'))
+
+
+def write_fused(folder: Path, tokenizer: Path, *, streams: bool, wait_ms: float = 0.0) -> None:
+    """trtkit's `fused` topology with the stand-in engine in its process."""
+    files = _render(tokenizer, runtime="reference", topology="fused", streams=streams, wait_ms=wait_ms)
+    config = files.pop("llm/config.pbtxt")
+    assert isinstance(config, str)
+    _write(files, folder)
+    changed = config.replace('string_value: "reference"', 'string_value: "echo"')
+    assert changed != config
+    (folder / "llm/config.pbtxt").write_text(changed)
+    shutil.copy(HERE / "echo_engine.py", folder / "llm/1/serving/engines/echo.py")
+
+
+def _render(tokenizer: Path, *, runtime: str, topology: str, streams: bool, wait_ms: float = 0.0) -> Files:
+    config = BuildConfig.model_validate(
+        {
+            "name": "benchmark",
+            "model": {"source": str(tokenizer)},
+            "engine": {"max_batch_size": SLOTS},
+            "serving": {
+                "runtime": runtime,
+                "topology": topology,
+                "streaming": streams,
+                "max_batch_size": SLOTS,
+                **({"max_token_wait_ms": wait_ms} if wait_ms else {}),
+            },
+        }
+    )
+    return render_repository(config, tokenizer_dir=tokenizer, model_path_in_container="/not/there")
+
+
+def _write(files: Files, folder: Path) -> None:
+    folder.rmdir()
+    write_repository(files, folder)

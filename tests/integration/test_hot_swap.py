@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from trtkit.deploy import local, state
+from trtkit.deploy import local, ports, readiness, state
+from trtkit.deploy.command import server_arguments
 from trtkit.deploy.deployment import Deployment
+from trtkit.deploy.server import environment, find_server, prepared
 from trtkit.deploy.versions import versions_of
 
 pytestmark = [pytest.mark.server]
@@ -302,3 +307,105 @@ def test_streams_go_on_while_steps_of_the_ensemble_are_swapped(tmp_path: Path, m
     assert set(answers) == {expected}
     log = Path(deployment.log_path).read_text()
     assert log.count("loading: tensorrt_llm:2") == log.count("loading: preprocessing:2") == 1
+
+
+def test_a_version_that_loads_slowly_is_left_to_the_server(tmp_path: Path) -> None:
+    models = make_repository(tmp_path / "models")
+    deployment = local.up(local.ServerSpec("slow", models, model_control="poll"))
+    slow = version_folder(tmp_path / "slow", "import time\n\n\ndef check():\n    time.sleep(6)\n")
+    wait = ["--wait-for", "slow", "--timeout", "3"]
+    done = trtkit("repo", "add-version", models, "which", slow, *wait)
+    assert done.returncode == 1
+    assert "does not serve version 2 after 3 s" in done.stderr
+    assert ask(deployment, "which") == (200, 1), "meanwhile the old one serves"
+    deadline = time.monotonic() + 60
+    while serving(deployment) != [2]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert ask(deployment, "which") == (200, 2)
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
+    """moto as a stand-in for S3: its address, and a bucket of the test's own."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0)
+    server.start()
+    host, port = server.get_host_and_port()
+    url = f"http://{host}:{port}"
+    settings = {"ENDPOINT_URL": url, "ACCESS_KEY_ID": "stand-in", "SECRET_ACCESS_KEY": "stand-in"}
+    for name, value in (settings | {"DEFAULT_REGION": "us-east-1", "EC2_METADATA_DISABLED": "true"}).items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    name = f"bucket-{uuid.uuid4().hex[:12]}"
+    boto3.client("s3").create_bucket(Bucket=name)
+    yield url, name
+    server.stop()
+
+
+def test_a_server_that_reads_the_bucket_itself(tmp_path: Path, bucket: tuple[str, str]) -> None:
+    """Triton's own s3:// repository in poll mode: it sees a version that is being pushed, and serves it when it is
+    complete."""
+    import boto3
+
+    models = make_repository(tmp_path / "models")
+    version_folder(tmp_path / "new")
+    assert trtkit("repo", "push", models, f"s3://{bucket[1]}/team").returncode == 0
+    with reading(f"s3://{bucket[0]}/{bucket[1]}/team", tmp_path) as deployment:
+        load = Load(deployment, ["which", "front"])
+        try:
+            half = {"Bucket": bucket[1], "Key": "team/which/2/model.py"}
+            boto3.client("s3").put_object(**half, Body=MODEL[:100].encode())
+            log = Path(deployment.log_path)
+            looked = log.read_text().count("loading: which:1")
+            while log.read_text().count("loading: which:1") == looked:  # it has seen the change
+                load.more(10)
+            done = trtkit("repo", "add-version", models, "which", tmp_path / "new", "--version", "3")
+            assert done.returncode == 0, done.stderr
+            assert trtkit("repo", "push", models, f"s3://{bucket[1]}/team").returncode == 0
+            deadline = time.monotonic() + 60
+            while ask(deployment, "front") != (200, 3):
+                assert time.monotonic() < deadline
+            load.more(20)
+        finally:
+            load.stop()
+        text = log.read_text()
+    assert set(load.answers) == {(200, 1), (200, 3)}
+    assert "loading: which:2" not in text
+    starts = Counter(line.split()[-1] for line in text.splitlines() if line.startswith("initialize version"))
+    assert starts == {"1": 2, "3": 2}, "what was served was not loaded anew"
+
+
+@contextmanager
+def reading(url: str, folder: Path) -> Iterator[Deployment]:
+    """A polling server on a repository that is no folder of this machine."""
+    found, log = prepared(find_server()), folder / "server.log"
+    chosen = ports.choose("127.0.0.1", (0, 0, 0))
+    arguments = server_arguments(
+        url,
+        host="127.0.0.1",
+        http_port=chosen[0],
+        grpc_port=chosen[1],
+        metrics_port=chosen[2],
+        exit_timeout_s=3,
+        shm_prefix=f"trtkit_{chosen[0]}_",
+        backend_directory=str(found.backends),
+        cache_directory=str(found.caches),
+        model_control="poll",
+    )
+    variables = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    with log.open("w") as stream:
+        server = subprocess.Popen(
+            [str(found.binary), *arguments], stdout=stream, stderr=stream, env=environment(found, variables), cwd=folder
+        )
+    try:
+        deadline = time.monotonic() + 60
+        while readiness.not_ready("127.0.0.1", chosen[0], ["which", "front"]):
+            assert server.poll() is None, log.read_text()[-2000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        yield Deployment("s3", "local", "running", "127.0.0.1", *chosen, url, ("which", "front"), str(log), 0.0)
+    finally:
+        server.terminate()
+        server.wait(30)

@@ -22,9 +22,13 @@ def _wait_options(function: _Function) -> _Function:
     """What all three take alike."""
     options = [
         click.option(
-            "--wait-for", metavar="DEPLOYMENT", help="Return when this deployment serves it; else undo the change."
+            "--wait-for",
+            metavar="DEPLOYMENT",
+            help="Return when this deployment serves it; undo the change when that cannot load.",
         ),
-        click.option("--timeout", type=click.FloatRange(0, 86400), default=300.0, show_default=True, help="Seconds."),
+        click.option(
+            "--timeout", type=click.FloatRange(0, 86400), default=300.0, show_default=True, help="Of --wait-for, s."
+        ),
         dry_run_option,
         json_option,
     ]
@@ -162,7 +166,8 @@ def _wait(
     undo: Callable[[], object],
     undone: str,
 ) -> None:
-    """Waits for the server; what it does not take is undone, so that it does not try again and again."""
+    """Waits for the server; what it cannot load is undone, so that it does not try again and again. What is merely slow
+    stays: a server that loads cannot be stopped from taking it over."""
     if deployment is None or not change.done:
         return
     from trtkit.deploy import state, versions
@@ -179,6 +184,8 @@ def _wait(
             log_from=log_from,
             alive=lambda: target != "local" or state.is_locked(folder),
         )
+    except versions.StillLoadingError:
+        raise
     except CheckFailedError as error:
         undo()
         raise CheckFailedError(f"{error.cause}; {undone}", error.fix) from error

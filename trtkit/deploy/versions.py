@@ -25,6 +25,10 @@ _GRACE_S = 3 * POLL_SECONDS
 """A version that is down for longer than some looks of the server is not merely yet to be tried again."""
 
 
+class StillLoadingError(CheckFailedError):
+    """Nothing is wrong so far: the server may yet take the version over."""
+
+
 @dataclass(frozen=True)
 class ModelVersion:
     """One version as a server knows it.
@@ -110,7 +114,8 @@ def wait_for_versions(
         alive: whether the deployment still runs; asked now and then.
 
     Raises:
-        CheckFailedError: a version does not load, with the server's words; or it takes too long.
+        CheckFailedError: a version does not load, with the server's words.
+        StillLoadingError: it takes too long.
         LacksError: the deployment ended.
     """
     begun = time.monotonic()
@@ -140,9 +145,10 @@ def wait_for_versions(
             raise LacksError(f"deployment '{deployment.name}' ended meanwhile", f"see {deployment.log_path}")
         if waited > timeout_s:
             states = ", ".join(f"{one.version} {one.state}" for one in now.values()) or "no answer"
-            raise CheckFailedError(
+            raise StillLoadingError(
                 f"'{model}' does not serve version {', '.join(map(str, wanted))} after {timeout_s:g} s ({states})",
-                "give it more time with --timeout, or see `trtkit deploy logs`",
+                "the change stays, and is served when it is loaded: see `trtkit deploy status`, or go back with "
+                "`trtkit repo rollback`",
             )
         time.sleep(0.1)
 

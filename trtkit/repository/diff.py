@@ -10,7 +10,7 @@ from typing import Any, Literal
 from trtkit import pbtxt
 from trtkit.errors import InputError
 from trtkit.repository.diff_files import FileChange, compare_files
-from trtkit.repository.versions import version_numbers
+from trtkit.repository.version_policy import version_numbers
 
 Kind = Literal["added", "removed", "changed"]
 Field = tuple[Kind, str, str, str, bool]

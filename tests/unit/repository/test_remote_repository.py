@@ -25,6 +25,7 @@ from trtkit.errors import CheckFailedError, InputError, LacksError
 from trtkit.remote import transfer
 from trtkit.repository import remote, versions
 from trtkit.repository.diff import diff_repositories
+from trtkit.repository.version_policy import policy_text, version_numbers
 
 CONFIG = """# what the model is for
 name: "{name}"
@@ -207,7 +208,7 @@ def states(done: remote.Transfer) -> dict[tuple[str, int], str]:
 
 
 def policy(s3: StandInS3, model: str = "llm") -> str:
-    return versions.policy_text(pbtxt.loads(s3.read(f"{model}/config.pbtxt").decode()))
+    return policy_text(pbtxt.loads(s3.read(f"{model}/config.pbtxt").decode()))
 
 
 def process(*arguments: str | Path) -> subprocess.Popen[str]:
@@ -387,11 +388,17 @@ def test_triton_is_told_of_complete_versions_only(s3: StandInS3, models: Path, t
     remote.push(models, url(s3), models=["llm"])
     assert policy(s3) == "specific:1,3"
     remote.pull(url(s3), tmp_path / "out")
-    assert versions.policy_text(pbtxt.load(tmp_path / "out/llm/config.pbtxt")) == "latest:2"
-    assert versions.version_numbers(tmp_path / "out/llm") == (1, 3)
+    assert policy_text(pbtxt.load(tmp_path / "out/llm/config.pbtxt")) == "latest:2"
+    assert version_numbers(tmp_path / "out/llm") == (1, 3)
     versions.set_policy(models, "llm", "specific:1")
     assert remote.push(models, url(s3)).configs == ("llm",)
     assert policy(s3) == "specific:1"
+    config = models / "llm" / "config.pbtxt"
+    config.write_text(CONFIG.format(name="llm") + "version_policy {specific {versions: [9]}}\n")
+    s3.reset()
+    with pytest.raises(InputError, match="policy specific:9 of 'llm' serves none of the versions"):
+        remote.push(models, url(s3))
+    assert s3.puts == [], "refused before anything was written"
 
 
 def test_pull_into_a_repository_adds_what_is_missing(s3: StandInS3, models: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from trtkit import bytecode, pbtxt
 from trtkit.cli.repo import command
 from trtkit.errors import CheckFailedError, InputError
-from trtkit.repository import versions
+from trtkit.repository import swap, version_policy, versions
 
 CONFIG = """# Serves texts.
 # Ask Ada before you change it.
@@ -48,7 +49,7 @@ def write(folder: Path, code: str = MODEL) -> Path:
 
 
 def policy(models: Path) -> str:
-    return versions.policy_text(pbtxt.load(models / "llm" / "config.pbtxt"))
+    return version_policy.policy_text(pbtxt.load(models / "llm" / "config.pbtxt"))
 
 
 def tree(root: Path) -> dict[str, tuple[int, bytes]]:
@@ -185,16 +186,16 @@ def test_what_a_policy_serves(numbers: set[int], latest: int, chosen: set[int]) 
         "all": list(numbers),
     }
     for text, served in expected.items():
-        assert versions.served(sorted(numbers), text) == tuple(sorted(served))
-        config = versions.with_policy(pbtxt.loads(CONFIG), versions.parse_policy(text))
-        assert versions.policy_text(pbtxt.loads(pbtxt.dumps(config))) == text
+        assert version_policy.served(sorted(numbers), text) == tuple(sorted(served))
+        config = version_policy.with_policy(pbtxt.loads(CONFIG), version_policy.parse_policy(text))
+        assert version_policy.policy_text(pbtxt.loads(pbtxt.dumps(config))) == text
 
 
 def test_a_polling_server_notices_despite_times_to_come(models: Path, tmp_path: Path) -> None:
     """It compares the newest time of anything in the model's directory."""
     future = time.time_ns() + 10**9 * 3600
     os.utime(models / "llm" / "1" / "model.py", ns=(future, future))
-    before = versions._newest(models / "llm")
+    before = swap.newest(models / "llm")
     steps = [
         lambda: versions.add_version(models, "llm", write(tmp_path / "new")),
         lambda: versions.rollback(models, "llm"),
@@ -202,9 +203,9 @@ def test_a_polling_server_notices_despite_times_to_come(models: Path, tmp_path: 
     ]
     for step in steps:
         step()
-        assert versions._newest(models / "llm") > before
-        before = versions._newest(models / "llm")
-    assert versions.version_numbers(models / "llm") == (1,)
+        assert swap.newest(models / "llm") > before
+        before = swap.newest(models / "llm")
+    assert version_policy.version_numbers(models / "llm") == (1,)
 
 
 def test_what_a_watcher_sees(models: Path, tmp_path: Path) -> None:
@@ -271,11 +272,29 @@ def test_a_killed_one_leaves_nothing_behind(models: Path, tmp_path: Path) -> Non
     assert [path.name for path in models.parent.iterdir()] == ["models"]
 
 
+def test_a_repository_that_nothing_can_be_put_beside(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a mount of its own. What a killed process left inside is removed, too: a server would stumble over it."""
+    make = tempfile.mkdtemp
+
+    def refuse(**options: Any) -> str:
+        if options["dir"] == models.parent:
+            raise PermissionError(13, "Permission denied")
+        return make(**options)
+
+    monkeypatch.setattr(swap.tempfile, "mkdtemp", refuse)
+    (models / ".models.tmp-abandoned").mkdir()
+    assert versions.add_version(models, "llm", write(tmp_path / "new")).version == 2
+    assert versions.rollback(models, "llm").version == 1
+    assert [path.name for path in models.iterdir()] == ["llm"]
+
+
 def test_names_that_are_no_versions(models: Path) -> None:
     for name in ("01", "v2", ".3.tmp", "3.tmp", "-4"):
         (models / "llm" / name).mkdir()
     (models / "llm" / "5").write_text("a file")
-    assert versions.version_numbers(models / "llm") == (1,)
+    assert version_policy.version_numbers(models / "llm") == (1,)
     with pytest.raises(InputError, match="has a version 5 already"):
         versions.add_version(models, "llm", models / "llm" / "1", version=5)
 

@@ -29,5 +29,5 @@ def render(job: Job) -> Files:
         return fused.render(job)
     files = LAYOUTS[serving.runtime](job)
     if serving.layout == "ensemble":
-        files = {**files, **ensemble.render(job)}
+        files = {**files, **ensemble.render(job), **fused.front(job)}
     return files

@@ -75,6 +75,7 @@ _ALL = (
     Parameter(
         "executor_worker_path", "text", "/opt/tritonserver/backends/tensorrtllm/trtllmExecutorWorker", since="0.10"
     ),
+    Parameter("worker_path", "text", until="0.10"),
     Parameter("FORCE_CPU_ONLY_INPUT_TENSORS", "choice", "no", choices=("yes", "no"), key="-"),
     Parameter("gpu_device_ids", "groups", key="serving.gpu_device_ids"),
     Parameter("participant_ids", "groups", since="0.13"),

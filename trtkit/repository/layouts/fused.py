@@ -33,7 +33,9 @@ def render(job: Job) -> Files:
 
 def front(job: Job) -> Files:
     """`llm` beside an ensemble, in front of the server's own `tensorrt_llm`."""
-    return _model(job, "triton", {"model_name": "tensorrt_llm"})
+    engine = job.config.serving.runtime == "tensorrtllm"
+    release = {"model_release": job.tensorrt_llm} if engine else {}  # decides how tensors are called
+    return _model(job, "triton", {"model_name": "tensorrt_llm", **release})
 
 
 def _model(job: Job, engine: str, parameters: dict[str, str]) -> Files:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from trtkit import pbtxt
 from trtkit.findings import Finding
+from trtkit.repository.lint.parse import parse
 from trtkit.repository.lint.positions import line_numbers
 from trtkit.repository.lint.rules import finding
 
@@ -197,7 +198,7 @@ def _read(folder: Path, server: Server) -> tuple[Model, list[Finding]]:
         return Model(name, folder, "", None, versions, folders, server), [problem]
     text, place = file.read_bytes().decode(errors="replace"), f"{name}/config.pbtxt"
     try:
-        config = pbtxt.loads(text, place)
+        config = parse(text, place)
     except pbtxt.PbtxtError as error:
         problem = finding("TK103", f"{place}:{error.line}", error.problem, error.fix)
         return Model(name, folder, text, None, versions, folders, server), [problem]

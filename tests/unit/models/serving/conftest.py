@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import fake_triton
 
 PACKAGE = "trtkit.repository.models.serving"
-TRITON_SIDE = ("answers", "metrics", "llm")
+TRITON_SIDE = ("answers", "metrics", "reader", "llm")
 TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
 

@@ -157,6 +157,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": "[]"}, "messages: the chat messages must be a list"),
     ({"messages": '[{"role": "user", "content": "a"}]', "chat_template_kwargs": "[]"}, "must be a JSON object"),
     ({"messages": '[{"role": "user", "content": "a"}]', "chat_template_kwargs": "{"}, "chat_template_kwargs: no JSON"),
+    (
+        {"messages": '[{"role": "user", "content": "a"}]', "chat_template_kwargs": '{"self": 1}'},
+        "cannot be given there",
+    ),
 ]
 
 
@@ -254,7 +258,7 @@ def test_a_client_that_goes_away_frees_its_slot(serve: Serve) -> None:
     server.engine.give(Step(job.key, server.ids("late")))  # what an engine may still have had
     server.answer(server.job(1), "b")
     assert next_one.wait().text == "b"
-    server.until(lambda: server.metrics["trtkit_llm_cancelled_requests"].value == 1)
+    server.until(lambda: server.metrics["trtkit_llm_cancelled_requests_total"].value == 1)
 
 
 def test_a_waiting_client_that_goes_away_is_never_started(serve: Serve) -> None:
@@ -366,15 +370,15 @@ def test_metrics_add_up(serve: Serve) -> None:
     for request in requests:
         request.wait()
     values = {
-        "requests": 4,
-        "prompt_tokens": 4 * len(server.ids("hello")),
-        "completion_tokens": 4 * len(server.ids("hello there")),
-        "refused_requests": 1,
-        "cancelled_requests": 0,
-        "running_sequences": 0,
+        "trtkit_llm_requests_total": 4,
+        "trtkit_llm_prompt_tokens_total": 4 * len(server.ids("hello")),
+        "trtkit_llm_completion_tokens_total": 4 * len(server.ids("hello there")),
+        "trtkit_llm_refused_requests_total": 1,
+        "trtkit_llm_cancelled_requests_total": 0,
+        "trtkit_llm_running_sequences": 0,
     }
     for name, value in values.items():
-        server.until(lambda name=name, value=value: server.metrics[f"trtkit_llm_{name}"].value == value)
+        server.until(lambda name=name, value=value: server.metrics[name].value == value)
     server.until(lambda: len(server.metrics["trtkit_llm_time_to_first_token_seconds"].observed) == 4)
 
 

@@ -120,7 +120,7 @@ IDS = st.lists(st.one_of(st.integers(-1, 40), st.just(10**12)), max_size=24)
 
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("family", LIBRARIES)
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(ids=IDS, seed=st.integers(0, 2**32))
 def test_any_tokens_in_any_split_read_as_the_library_reads_them(
     family: str, skip: bool, ids: list[int], seed: int
@@ -132,7 +132,7 @@ def test_any_tokens_in_any_split_read_as_the_library_reads_them(
 
 
 @pytest.mark.parametrize("family", LIBRARIES)
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(prompt=IDS, answer=IDS, seed=st.integers(0, 2**32))
 def test_an_answer_adds_to_its_prompt_what_the_library_says(
     family: str, prompt: list[int], answer: list[int], seed: int
@@ -451,3 +451,10 @@ def test_an_answer_without_an_end_loses_nothing(family: str, tokens: list[str], 
     library = LIBRARIES[family]
     streams = KeyedStreams(Tokenizer(library, byte_run=0))
     assert [streams.text("key", [library.token_to_id(token)]) for token in tokens] == texts
+
+
+def test_what_is_remembered_of_clients_words_is_bounded() -> None:
+    reader = Tokenizer(TRAINED["byte level"])
+    for number in range(5000):
+        reader.word(f"w{number}")
+    assert len(reader._words) <= 4096

@@ -55,13 +55,19 @@ class TritonPythonModel:
             shapes = tuple((name, values.shape[1:]) for name, values in arguments.items()) if self.batched else ()
             groups.setdefault(shapes if self.batched else index, []).append((index, arguments))
         for members in groups.values():
-            try:
-                answers = self._run([arguments for _, arguments in members])
-            except Exception as error:  # of the user's code
-                answers = [_failure(error) for _ in members]
+            answers = self._answers([arguments for _, arguments in members])
             for (index, _), answer in zip(members, answers, strict=True):
                 responses[index] = answer
         return responses
+
+    def _answers(self, calls: list[dict[str, Any]]) -> list[Any]:
+        """One call for all, or, when that fails, one for each: only the request that it fails for gets the error."""
+        try:
+            return self._run(calls)
+        except Exception as error:  # of the user's code
+            if len(calls) == 1:
+                return [_failure(error)]
+            return [answer for one in calls for answer in self._answers([one])]
 
     def _arguments(self, request: Any) -> dict[str, Any]:
         arguments = {}

@@ -46,13 +46,19 @@ class TritonPythonModel:
             key = (tuple(sorted(request.requested_output_names())), shapes) if self.batched else index
             groups.setdefault(key, []).append((index, feed))
         for members in groups.values():
-            try:
-                answers = self._run([(requests[index], feed) for index, feed in members])
-            except Exception as error:  # onnxruntime has a type for every kind of failure
-                answers = [_failure(error) for _ in members]
+            answers = self._answers([(requests[index], feed) for index, feed in members])
             for (index, _), answer in zip(members, answers, strict=True):
                 responses[index] = answer
         return responses
+
+    def _answers(self, members: list[tuple[Any, dict[str, Any]]]) -> list[Any]:
+        """One run for all, or, when that fails, one for each: only the request that it fails for gets the error."""
+        try:
+            return self._run(members)
+        except Exception as error:  # onnxruntime has a type for every kind of failure
+            if len(members) == 1:
+                return [_failure(error)]
+            return [answer for member in members for answer in self._answers([member])]
 
     def _feed(self, request: Any) -> dict[str, Any]:
         feed = {}

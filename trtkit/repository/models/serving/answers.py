@@ -71,6 +71,7 @@ class Reply:
     a model asks whether a request that is over was cancelled.
 
     Attributes:
+        ask: what is asked for, once it has been read.
         arrived: when the request came, in seconds of the monotonic clock.
         deadline: when it has waited too long in the queue; None for never.
         started: when its first text went out.
@@ -82,10 +83,10 @@ class Reply:
         "started", "text_in_front",
     )  # fmt: skip
 
-    def __init__(self, request: Any, ask: Ask, arrived: float) -> None:
+    def __init__(self, request: Any, arrived: float) -> None:
         self._sender = request.get_response_sender()
         self._names = frozenset(request.requested_output_names())
-        self.ask = ask
+        self.ask = Ask(None)
         self.arrived = arrived
         self.deadline: float | None = None
         self.started: float | None = None

@@ -8,7 +8,6 @@ that have gone. So no token waits for a prompt to be read, and a stream's pieces
 from __future__ import annotations
 
 import importlib
-import itertools
 import json
 import threading
 import time
@@ -20,18 +19,38 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from .answers import Answer, Reply
-from .asks import Ask, read
-from .chat import ChatError, ChatTemplate, read_messages
-from .engine import Engine, Job, RequestError, Step
+from .chat import ChatError
+from .engine import Engine, RequestError, Step
 from .metrics import Metrics
+from .reader import Reader
 from .settings import Settings
-from .stops import StopStrings
-from .text import Tokenizer
 
 CANCEL_POLL_S = 0.06
 """How often a running request is asked whether its client has gone. Each question costs about 80 us of CPU."""
 IDLE_S = 0.5
 """How long the engine may wait for work before the metrics are brought up to date."""
+
+REQUESTS = "trtkit_llm_requests_total"
+PROMPT_TOKENS = "trtkit_llm_prompt_tokens_total"
+COMPLETION_TOKENS = "trtkit_llm_completion_tokens_total"
+CANCELLED = "trtkit_llm_cancelled_requests_total"
+REFUSED = "trtkit_llm_refused_requests_total"
+FAILED = "trtkit_llm_failed_requests_total"
+RUNNING = "trtkit_llm_running_sequences"
+WAITING = "trtkit_llm_waiting_requests"
+QUEUE_TIME = "trtkit_llm_queue_seconds_total"
+FIRST_TOKEN = "trtkit_llm_time_to_first_token_seconds"  # noqa: S105 - no password
+COUNTERS = {
+    REQUESTS: "Requests answered to their end",
+    PROMPT_TOKENS: "Tokens of the prompts of these requests",
+    COMPLETION_TOKENS: "Tokens generated for them",
+    CANCELLED: "Requests whose client went away",
+    REFUSED: "Requests refused: wrong, too late, or the queue was full",
+    FAILED: "Requests that the engine could not finish",
+    QUEUE_TIME: "Seconds that started requests had waited for a slot",
+}
+GAUGES = {RUNNING: "Sequences that the engine is generating", WAITING: "Requests that wait for a slot"}
+HISTOGRAMS = {FIRST_TOKEN: "From a request's arrival to its first text"}
 
 
 class ServingModel:
@@ -42,13 +61,12 @@ class ServingModel:
         config = json.loads(args["model_config"])
         folder = Path(args["model_repository"]) / args["model_version"]
         self._settings = settings = Settings.of(config, folder)
-        self._decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
-        self._tokenizer = Tokenizer(settings.tokenizer_dir, add_special_tokens=settings.add_special_tokens)
-        self._template = ChatTemplate.load(settings.tokenizer_dir)
         module = importlib.import_module(f".engines.{settings.engine}", __package__)
         self._engine: Engine = module.Engine(settings.parameters, slots=settings.slots)
-        self._metrics = Metrics(args["model_name"], args["model_version"])
-        self._keys = itertools.count(1)
+        decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
+        self._reader = Reader(settings, self._engine, decoupled=decoupled)
+        labels = {"model": args["model_name"], "version": args["model_version"]}
+        self._metrics = Metrics(labels, counters=COUNTERS, gauges=GAUGES, histograms=HISTOGRAMS)
         # Both threads touch these, under the lock.
         self._lock = threading.Lock()
         self._running: dict[int, Reply] = {}
@@ -63,26 +81,11 @@ class ServingModel:
 
     def execute(self, requests: list[Any]) -> None:
         """Reads requests and hands them on. A wrong one is answered at once and leaves the others alone."""
-        arrived = time.monotonic()
-        accepted: list[tuple[Reply, str, bool]] = []
-        for request in requests:
-            tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-            reply = None
+        for reply in self._reader.read(requests, time.monotonic(), self._refuse):
             try:
-                ask = read(tensors)
-                reply = Reply(request, ask, arrived)
-                reply.deadline = self._settings.deadline(request.timeout(), arrived)
-                accepted.append((reply, *self._prompt(ask)))
+                self._accept(reply)
             except Exception as error:
-                self._refuse(reply or Reply(request, Ask(None), arrived), error)
-        for special in {special for _, _, special in accepted}:
-            group = [(reply, text) for reply, text, added in accepted if added == special]
-            prompts = self._tokenizer.encode([text for _, text in group], add_special_tokens=special)
-            for (reply, text), prompt in zip(group, prompts, strict=True):
-                try:
-                    self._accept(reply, text, prompt)
-                except Exception as error:
-                    self._refuse(reply, error)
+                self._refuse(reply, error)
 
     def finalize(self) -> None:
         """Ends the thread; requests that still run get an error."""
@@ -94,68 +97,24 @@ class ServingModel:
 
     # Triton's thread.
 
-    def _prompt(self, ask: Ask) -> tuple[str, bool]:
-        """The text to encode, and whether the tokenizer adds its begin-of-sequence token."""
-        if ask.streams and not self._decoupled:
-            raise RequestError("stream: this model sends whole answers only (serving.streaming is off)")
-        if ask.text is not None:
-            return ask.text, self._settings.add_special_tokens
-        if self._template is None:
-            raise RequestError("messages: the model has no chat template; send text_input", "UNSUPPORTED")
-        messages = read_messages(ask.messages or b"")
-        return self._template.render(messages, **ask.template_arguments), False
-
-    def _accept(self, reply: Reply, text: str, prompt: list[int]) -> None:
-        """Makes the jobs of a request and starts them, or lets it wait, or refuses it."""
-        ask, settings = reply.ask, self._settings
-        if not prompt:
-            raise RequestError("text_input: the prompt has no tokens")
-        most = ask.max_tokens or settings.default_max_tokens
-        longest = self._engine.max_seq_len
-        if longest is not None:
-            room = longest - len(prompt)
-            if room < (ask.max_tokens or 1):
-                raise RequestError(
-                    f"max_tokens: {ask.max_tokens or 1} tokens after a prompt of {len(prompt)} are more than "
-                    f"max_seq_len {longest}"
-                )
-            most = min(most, room)
-        reply.prompt_tokens = len(prompt)
-        reply.text_in_front = text if ask.echo else ""
-        bad_words = [ids for word in ask.bad_words for ids in self._tokenizer.word(word)]
-        for number in range(ask.sequences):
-            stream = self._tokenizer.stream(prompt if ask.text is not None else ())
-            stops = StopStrings(ask.stop_words, include=ask.include_stop)
-            answer = Answer(next(self._keys), stream, stops)
-            job = Job(
-                answer.key,
-                prompt,
-                most,
-                ask.sampling if number == 0 else ask.sampling.reseeded(number),
-                settings.end_ids if ask.end_ids is None else ask.end_ids,
-                bad_words,
-                ask.log_probs,
-                ask.streams,
-            )
-            self._engine.check(job)
-            reply.answers.append(answer)
-            reply.jobs.append(job)
+    def _accept(self, reply: Reply) -> None:
+        """Starts a request, or lets it wait, or refuses it."""
+        limit = self._settings.max_queue_size
         with self._lock:
             if self._closing:
                 raise RequestError("the model is being unloaded", "UNAVAILABLE")
             if not self._waiting and self._has_room(reply):
                 self._start(reply)
-            elif settings.max_queue_size and len(self._waiting) >= settings.max_queue_size:
+            elif limit and len(self._waiting) >= limit:
                 raise RequestError(
-                    f"the queue is full: {len(self._waiting)} requests wait, and max_queue_size is "
-                    f"{settings.max_queue_size}",
+                    f"the queue is full: {len(self._waiting)} requests wait, and max_queue_size is {limit}",
                     "UNAVAILABLE",
                 )
             else:
                 self._waiting.append(reply)
 
     def _refuse(self, reply: Reply, error: Exception) -> None:
-        self._metrics.refused += 1
+        self._metrics.values[REFUSED] += 1
         if isinstance(error, RequestError):
             reply.fail(str(error), error.code)
         elif isinstance(error, ChatError):
@@ -200,7 +159,7 @@ class ServingModel:
         if self._waiting:
             self._look_after_queue(now)
         self._look_for_cancelled(now)
-        self._metrics.running, self._metrics.waiting = len(self._running), len(self._waiting)
+        self._metrics.values[RUNNING], self._metrics.values[WAITING] = len(self._running), len(self._waiting)
         self._metrics.report(now)
 
     def _patience(self) -> float:
@@ -218,6 +177,7 @@ class ServingModel:
         if reply is None:
             return  # it was cancelled a moment ago
         if step.error:
+            self._metrics.values[FAILED] += 1
             self._end(reply, step.error, step.code)
             return
         if len(step.tokens) > 1 and not self._settings.coalesce and reply.ask.streams:
@@ -240,7 +200,7 @@ class ServingModel:
             return
         if reply.started is None:
             reply.started = now
-            self._metrics.first_text(now - reply.arrived)
+            self._metrics.observe(FIRST_TOKEN, now - reply.arrived)
         self._send(reply)
 
     def _leave(self, step: Step) -> None:
@@ -254,8 +214,11 @@ class ServingModel:
     def _finish(self, reply: Reply, now: float) -> None:
         self._held.pop(reply, None)
         if reply.started is None:
-            self._metrics.first_text(now - reply.arrived)
-        self._metrics.finished(reply)
+            self._metrics.observe(FIRST_TOKEN, now - reply.arrived)
+        values = self._metrics.values
+        values[REQUESTS] += 1
+        values[PROMPT_TOKENS] += reply.prompt_tokens
+        values[COMPLETION_TOKENS] += sum(answer.tokens for answer in reply.answers)
         self._send(reply)
 
     def _send(self, reply: Reply) -> None:
@@ -284,9 +247,10 @@ class ServingModel:
                     return
                 reply = self._waiting.popleft()
             if reply.is_cancelled():
-                self._metrics.cancelled += 1
+                self._metrics.values[CANCELLED] += 1
                 reply.fail("cancelled", "CANCELLED")
                 continue
+            self._metrics.values[QUEUE_TIME] += time.monotonic() - reply.arrived
             with self._lock:
                 self._start(reply)
 
@@ -297,7 +261,7 @@ class ServingModel:
                 late = [reply for reply in self._waiting if reply.deadline is not None and reply.deadline <= now]
                 self._waiting = deque(reply for reply in self._waiting if reply not in late)
             for reply in late:
-                self._metrics.refused += 1
+                self._metrics.values[REFUSED] += 1
                 waited = 1000 * (now - reply.arrived)
                 reply.fail(f"the deadline is exceeded: {waited:.0f} ms in the queue", "UNAVAILABLE")
         self._admit()
@@ -308,7 +272,7 @@ class ServingModel:
             if reply.over:
                 continue
             if reply.is_cancelled():
-                self._metrics.cancelled += 1
+                self._metrics.values[CANCELLED] += 1
                 self._end(reply, "cancelled", "CANCELLED")
             else:
                 self._polls.append((now + CANCEL_POLL_S, reply))

@@ -69,13 +69,15 @@ class Engine:
                 generation = _generation(item)
                 self._keys[generation] = item.key
                 self._waiting.append(generation)
-        progress = []
+        # A sequence that joins makes two tokens in its first round: each is told before the next one is made.
+        steps = []
         if self._waiting and self._batch.free:
             count = min(self._batch.free, len(self._waiting))
-            progress += self._batch.join([self._waiting.popleft() for _ in range(count)])
+            joined = self._batch.join([self._waiting.popleft() for _ in range(count)])
+            steps += [self._step(generation, token) for generation, token in joined]
         if self._batch.running:
-            progress += self._batch.step()
-        return _merged([self._step(generation, token) for generation, token in progress])
+            steps += [self._step(generation, token) for generation, token in self._batch.step()]
+        return _merged(steps)
 
     def close(self) -> None:
         self._batch.clear()
