@@ -15,6 +15,7 @@ one request whose pieces arrive one by one.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from trtkit.contract_tensors import Step, Tensor, in_range, may, need, ragged_, scalar_
@@ -170,6 +171,9 @@ ENSEMBLE_OUTPUTS = (
     need("batch_index", "INT32"),
     need("sequence_index", "INT32"),
 )
+EXTRA_OUTPUTS = ("cum_log_probs", "output_log_probs", "batch_index", "sequence_index")
+"""Outputs of NVIDIA's ensemble that cost about 20 us of CPU each per token, asked for or not."""
+
 ENSEMBLE_STEPS = (
     Step(
         "preprocessing",
@@ -257,9 +261,13 @@ def llm_outputs(
     return _select(_LLM_OUTPUTS, reference, logits_dtype, version)
 
 
-def ensemble_steps(version: str | None = None) -> tuple[Step, ...]:
+def ensemble_steps(version: str | None = None, extra: Collection[str] = EXTRA_OUTPUTS) -> tuple[Step, ...]:
     """The steps of the ensemble around the `tensorrt_llm` model of a TensorRT-LLM version: what its model does not
-    have is not mapped, and what it calls otherwise is mapped by that name."""
+    have is not mapped, and what it calls otherwise is mapped by that name.
+
+    Args:
+        extra: which of `EXTRA_OUTPUTS` the ensemble has.
+    """
     inputs = {tensor.name for tensor in llm_inputs(version=version)}
     outputs = {tensor.name for tensor in llm_outputs(version=version)}
     before, llm, after = ENSEMBLE_STEPS
@@ -267,22 +275,28 @@ def ensemble_steps(version: str | None = None) -> tuple[Step, ...]:
     llm = Step(
         llm.model,
         inputs={name: value for name, value in renamed.items() if name in inputs},
-        outputs={name: value for name, value in llm.outputs.items() if name in outputs},
+        outputs={
+            name: value
+            for name, value in llm.outputs.items()
+            if name in outputs and (value not in EXTRA_OUTPUTS or value in extra)
+        },
     )
+    if "sequence_index" not in extra:  # nobody could tell several answers apart
+        llm.inputs.pop("num_return_sequences", None)
     made = {*before.outputs.values(), *llm.outputs.values()}
     after = replace(after, inputs={name: value for name, value in after.inputs.items() if value in made})
     return before, llm, after
 
 
-def ensemble_inputs(version: str | None = None) -> tuple[Tensor, ...]:
+def ensemble_inputs(version: str | None = None, extra: Collection[str] = EXTRA_OUTPUTS) -> tuple[Tensor, ...]:
     """Inputs of the ensemble that some step of `ensemble_steps` consumes."""
-    used = {value for step in ensemble_steps(version) for value in step.inputs.values()}
+    used = {value for step in ensemble_steps(version, extra) for value in step.inputs.values()}
     return tuple(tensor for tensor in ENSEMBLE_INPUTS if tensor.name in used)
 
 
-def ensemble_outputs(version: str | None = None) -> tuple[Tensor, ...]:
+def ensemble_outputs(version: str | None = None, extra: Collection[str] = EXTRA_OUTPUTS) -> tuple[Tensor, ...]:
     """Outputs of the ensemble that some step of `ensemble_steps` produces."""
-    made = {value for step in ensemble_steps(version) for value in step.outputs.values()}
+    made = {value for step in ensemble_steps(version, extra) for value in step.outputs.values()}
     return tuple(tensor for tensor in ENSEMBLE_OUTPUTS if tensor.name in made)
 
 

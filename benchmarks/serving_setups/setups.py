@@ -12,7 +12,6 @@ from typing import Any
 from trtkit import contract, pbtxt
 from trtkit.config import BuildConfig
 from trtkit.repository.generate import render_repository, write_repository
-from trtkit.repository.layouts.job import Files
 
 HERE = Path(__file__).parent
 SLOTS = 128
@@ -112,27 +111,25 @@ def write_nvidia(folder: Path, models: Path, tokenizer: Path, *, streams: bool) 
 
 def write_ensemble(folder: Path, tokenizer: Path, *, streams: bool) -> None:
     """trtkit's `ensemble` topology around the stand-in engine."""
-    files = _render(tokenizer, runtime="tensorrtllm", topology="ensemble", streams=streams)
-    config = files.pop("tensorrt_llm/config.pbtxt")
-    assert isinstance(config, str)
-    kept = {name: content for name, content in files.items() if not name.startswith(("llm/", "tensorrt_llm/"))}
-    _write(kept, folder)
+    _write(folder, tokenizer, runtime="tensorrtllm", topology="ensemble", streams=streams)
+    config = (folder / "tensorrt_llm/config.pbtxt").read_text()
+    for name in ("llm", "tensorrt_llm"):
+        shutil.rmtree(folder / name, ignore_errors=True)
     write_echo(folder, streams=streams, config=config.replace('backend: "tensorrtllm"', 'backend: "python"'))
 
 
 def write_fused(folder: Path, tokenizer: Path, *, streams: bool, wait_ms: float = 0.0) -> None:
     """trtkit's `fused` topology with the stand-in engine in its process."""
-    files = _render(tokenizer, runtime="reference", topology="fused", streams=streams, wait_ms=wait_ms)
-    config = files.pop("llm/config.pbtxt")
-    assert isinstance(config, str)
-    _write(files, folder)
-    changed = config.replace('string_value: "reference"', 'string_value: "echo"')
-    assert changed != config
-    (folder / "llm/config.pbtxt").write_text(changed)
+    _write(folder, tokenizer, runtime="reference", topology="fused", streams=streams, wait_ms=wait_ms)
+    config = folder / "llm/config.pbtxt"
+    text = config.read_text()
+    changed = text.replace('string_value: "reference"', 'string_value: "echo"')
+    assert changed != text
+    config.write_text(changed)
     shutil.copy(HERE / "echo_engine.py", folder / "llm/1/serving/engines/echo.py")
 
 
-def _render(tokenizer: Path, *, runtime: str, topology: str, streams: bool, wait_ms: float = 0.0) -> Files:
+def _write(folder: Path, tokenizer: Path, *, runtime: str, topology: str, streams: bool, wait_ms: float = 0.0) -> None:
     config = BuildConfig.model_validate(
         {
             "name": "benchmark",
@@ -147,9 +144,6 @@ def _render(tokenizer: Path, *, runtime: str, topology: str, streams: bool, wait
             },
         }
     )
-    return render_repository(config, tokenizer_dir=tokenizer, model_path_in_container="/not/there")
-
-
-def _write(files: Files, folder: Path) -> None:
+    files = render_repository(config, tokenizer_dir=tokenizer, model_path_in_container="/not/there")
     folder.rmdir()
     write_repository(files, folder)

@@ -241,7 +241,14 @@ def client(work: Path, models: dict[str, Path]) -> Iterator[Any]:
         running_server(work / "repository") as deployment,
         grpc.InferenceServerClient(deployment.grpc_url) as connection,
     ):
+        for name in models:
+            statistics = connection.get_inference_statistics(name, as_json=True)["model_stats"][0]
+            executions_before_requests[name] = int(statistics["execution_count"])
         yield connection
+
+
+executions_before_requests: dict[str, int] = {}
+"""ONNX model -> executions when the server became ready."""
 
 
 def llm(work: Path, runtime: str, options: str = "") -> Files:
@@ -412,11 +419,8 @@ def test_a_generator_streams(client: Any) -> None:
     assert numbers == [0, 3, 6]
 
 
-@pytest.mark.parametrize("name", ["linear", "fixed", "outside"])
-def test_warm_up_requests_of_zeros_are_run(name: str, client: Any) -> None:
-    """Counted by the server as executions, before any request of ours: two for each instance."""
-    statistics = client.get_inference_statistics(name, as_json=True)["model_stats"][0]
-    assert int(statistics["execution_count"]) >= 2
+def test_warm_up_requests_of_zeros_are_run(client: Any) -> None:
+    assert executions_before_requests == dict.fromkeys(["linear", "texts", "numbers", "fixed", "outside"], 2)
 
 
 def test_a_file_with_its_own_triton_model_is_served_as_it_is(client: Any) -> None:
@@ -520,3 +524,13 @@ def test_the_response_cache_answers_without_the_models(tmp_path: Path) -> None:
             assert infer(client, "single", {"word": texts("ja")}).as_numpy("words").tolist() == [b"ja"] * 2
         statistics = client.get_inference_statistics("single", as_json=True)["model_stats"][0]
         assert (int(statistics["execution_count"]), int(statistics["inference_stats"]["cache_hit"]["count"])) == (1, 2)
+
+
+def test_the_cache_of_an_ensemble_is_one_that_servers_take(tmp_path: Path) -> None:
+    files = llm(tmp_path, "tensorrtllm", "streaming: false, response_cache: true, max_batch_size: 4")
+    write_repository({**files, **replaced(files, "tensorrt_llm")}, tmp_path / "repository")
+    with (
+        serve(tmp_path / "repository", tmp_path, "--cache-config=local,size=1048576") as server,
+        grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}") as client,
+    ):
+        assert client.get_model_config("ensemble", as_json=True)["config"]["response_cache"]["enable"] is True

@@ -32,7 +32,7 @@ MUTANTS = 120
 def load(server: Server, name: str) -> tuple[int, str]:
     """Status of loading a model, and what the server says meanwhile in its answer and its log."""
     before = server.log.stat().st_size
-    status, answer = server.http(f"repository/models/{name}/load", {}, timeout=30)
+    status, answer = server.http(f"repository/models/{name}/load", {}, timeout=20)
     with server.log.open("rb") as log:
         log.seek(before)
         return status, answer + log.read().decode(errors="replace")
@@ -43,6 +43,8 @@ def disagreement(case: Case, findings: list[Finding], status: int, said: str) ->
     told = f"linter {sorted({finding.id for finding in findings})}, server {status} {said[-400:]}"
     if case.but:  # the linter knows better than the server
         return "" if has_errors(findings) and status in (0, 200) else f"not as said: {told}"
+    if status == 0 and has_errors(findings):
+        return ""  # no answer is no service either
     if has_errors(findings) == (status == 200):
         return f"disagree: {told}"
     if (case.says is None) != (status == 200) or (case.says or "").lower() not in said.lower():
@@ -112,22 +114,24 @@ def test_random_changes(loader: Loader, tmp_path: Path) -> None:
     refused = 0
     for seed in range(first, first + MUTANTS):
         case = Case(str(seed), mutant(seed))
-        rules = _rules(case, tmp_path / f"before{seed}")
-        if rules & {"TK107", "TK178"}:  # the server would hang, or end
+        if _is_dangerous(case, tmp_path / f"before{seed}"):
             continue
         findings, status, said = judge(loader, case, f"m{seed}_", tmp_path / str(seed))
         refused += status != 200
-        if has_errors(findings) == (status == 200):
+        # That a stream's pieces come in a wrong order is no matter of loading.
+        errors = has_errors([finding for finding in findings if finding.id != "TK153"])
+        if errors == (status == 200):
             surprises.append(f"seed {seed}: {findings}, server {status} {said[-400:]}")
     assert not surprises, "\n".join(surprises)
     assert 0 < refused < MUTANTS
 
 
-def _rules(case: Case, folder: Path) -> set[str]:
+def _is_dangerous(case: Case, folder: Path) -> bool:
+    """Whether the server would hang, or end."""
     case.write(folder, "x_")
-    rules = {finding.id for finding in lint_repository(folder, server=EMBEDDED)}
+    findings = lint_repository(folder, server=EMBEDDED)
     shutil.rmtree(folder)
-    return rules
+    return any(item.id in {"TK107", "TK178"} or "would hang" in item.cause for item in findings)
 
 
 def test_what_ends_the_server(tmp_path: Path) -> None:

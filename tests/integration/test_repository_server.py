@@ -1,4 +1,4 @@
-"""A generated repository in a real Triton server: text in, the same text out, streamed or not. And the linter agrees.
+"""A generated repository in a real Triton server: text in, the same text out, streamed or not.
 
 `STAND_IN` takes the place of the LLM: it repeats the prompt's tokens, one response per token when it streams, and
 answers a batch row by row as the C++ backend does.
@@ -7,31 +7,19 @@ answers a batch row by row as the C++ backend does.
 from __future__ import annotations
 
 import json
-import os
 import queue
-import re
-import shutil
-import signal
-import subprocess
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from triton_process import Server, serve
 from tritonclient import grpc
 
 from trtkit import contract, pbtxt
 from trtkit.config_file import parse_config
-from trtkit.deploy import ports
-from trtkit.deploy.command import server_arguments
-from trtkit.deploy.server import environment, find_server, prepared
 from trtkit.findings import has_errors
 from trtkit.repository.generate import Files, render_repository, write_repository
 from trtkit.repository.lint import lint_repository
@@ -122,75 +110,6 @@ def with_stand_in(files: Files, *, decoupled: bool = True) -> Files:
 def generated(source: Path) -> Files:
     config = parse_config("name: t\nmodel: {source: x}\nserving: {max_batch_size: 8}\n")
     return with_stand_in(render_repository(config, tokenizer_dir=source, model_path_in_container="/models/engine"))
-
-
-@dataclass
-class Server:
-    """A running server on ports of its own."""
-
-    http_port: int
-    grpc_port: int
-    log: Path
-    process: subprocess.Popen[bytes] = field(repr=False)
-
-    def http(self, path: str, body: object = None, timeout: float = 60.0) -> tuple[int, str]:
-        """Status and text of an HTTP request; a POST when there is a body."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.http_port}/v2/{path}", data=data, headers={"Connection": "close"}
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=timeout) as answer:  # noqa: S310
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
-
-
-@contextmanager
-def serve(repository: Path, work: Path, *options: str) -> Iterator[Server]:
-    """A Triton server for the block, with extra options that `trtkit deploy` does not offer."""
-    found = prepared(find_server())
-    http, grpc_, metrics = ports.choose("127.0.0.1", (0, 0, 0))
-    log = work / "server.log"
-    arguments = server_arguments(
-        str(repository),
-        host="127.0.0.1",
-        http_port=http,
-        grpc_port=grpc_,
-        metrics_port=metrics,
-        exit_timeout_s=3,
-        shm_prefix=f"trtkit_repo_test_{os.getpid()}_{http}_",
-        backend_directory=str(found.backends),
-        cache_directory=str(found.caches),
-    )
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            [str(found.binary), *arguments, *options],
-            env=environment(found, {}),
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            server = Server(http, grpc_, log, process)
-            for _ in range(600):
-                assert process.poll() is None, log.read_text()[-3000:]
-                try:
-                    if server.http("health/ready", timeout=5)[0] == 200:
-                        break
-                except OSError:
-                    pass
-                time.sleep(0.1)
-            else:
-                raise AssertionError(f"not ready in time: {log.read_text()[-3000:]}")
-            yield server
-        finally:
-            process.terminate()
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -379,151 +298,3 @@ def test_the_reference_runtime_answers_like_transformers(
         text = TEXTS[int(name[-1])]
         assert "".join(piece for piece, _ in found).removesuffix("\ufffd") == expected(text), name
     assert streaming == any(len(found) > 1 for found in pieces.values())
-
-
-def edit(model: str, old: str, new: str) -> Callable[[Path], None]:
-    def apply(repository: Path) -> None:
-        file = repository / model / "config.pbtxt"
-        text, times = re.subn(old, new, file.read_text(), count=1, flags=re.DOTALL)
-        assert times, old
-        file.write_text(text)
-
-    return apply
-
-
-def append(model: str, text: str) -> Callable[[Path], None]:
-    return edit(model, r"\Z", text)
-
-
-def drop_ensemble_input(name: str) -> Callable[[Path], None]:
-    return edit("ensemble", rf'input \{{\n  name: "{name}".*?\n\}}\n', "")
-
-
-def all_of(*steps: Callable[[Path], None]) -> Callable[[Path], None]:
-    def apply(repository: Path) -> None:
-        for step in steps:
-            step(repository)
-
-    return apply
-
-
-PRE, POST, LLM, ENS = "preprocessing", "postprocessing", "tensorrt_llm", "ensemble"
-SEED_INPUT = r'    input_map \{\n      key: "seed".*?\n    \}\n'
-EXTRA_OUTPUT = 'output { name: "EXTRA" data_type: TYPE_INT32 dims: 1 }'
-
-# rule, what the server says (in its answer or, for what it calls a failed poll, in its log), and the fault
-REFUSED: list[tuple[str, str, Callable[[Path], None]]] = [
-    ("TK103", "failed to read text proto", edit(POST, "max_batch_size: 8", "max_batch_size: ${size}")),
-    ("TK103", "failed to read text proto", append(PRE, "instance_groups { }")),
-    ("TK105", "unexpected directory name", edit(PRE, 'name: "preprocessing"', 'name: "tokenizer"')),
-    ("TK106", "at least one version must be", append(PRE, "version_policy { specific { versions: 3 } }")),
-    ("TK108", "SyntaxError", lambda repository: (repository / "preprocessing/1/model.py").write_text("f(:") and None),
-    ("TK109", "unexpected platform type", edit(POST, 'backend: "python"', 'platform: "python"')),
-    ("TK111", "'max_batch_size' must be non-negative", edit(PRE, "max_batch_size: 8", "max_batch_size: -1")),
-    ("TK112", "preferred size must be <=", edit(PRE, r"batching \{", "batching { preferred_batch_size: 9")),
-    ("TK115", "specifies one or more GPUs", edit(PRE, "kind: KIND_CPU", "kind: KIND_CPU gpus: 0")),
-    (
-        "TK117",
-        "default priority level",
-        edit(PRE, r"batching \{", "batching { priority_levels: 2 default_priority_level: 3"),
-    ),
-    ("TK118", "response cache", append(LLM, "response_cache { enable: true }")),
-    ("TK121", "must be integer >= 1, or -1", append(PRE, EXTRA_OUTPUT.replace("dims: 1", "dims: 0"))),
-    (
-        "TK122",  # a warning only where no step maps the output
-        "multiple outputs in model",
-        append(PRE, 'output { name: "INPUT_ID" data_type: TYPE_INT32 dims: -1 }'),
-    ),
-    ("TK123", "has different size", edit(LLM, r"reshape \{\n  \}", "reshape { shape: [ 2 ] }")),
-    (
-        "TK124",
-        "loading failed",
-        append(
-            PRE,
-            'model_warmup { name: "w" batch_size: 1 inputs { key: "X" value { data_type: TYPE_INT32 dims: 1 '
-            "zero_data: true } } }",
-        ),
-    ),
-    ("TK141", "not available or ambiguous: detok", edit(ENS, 'model_name: "postprocessing"', 'model_name: "detok"')),
-    ("TK142", "non-existing input random_seed", edit(ENS, 'key: "seed"', 'key: "random_seed"')),
-    (
-        "TK143",
-        "is not mapped to any ensemble tensors",
-        all_of(
-            edit(LLM, r'(name: "seed".*?)  optional: true\n', r"\1"),
-            drop_ensemble_input("seed"),
-            edit(ENS, SEED_INPUT, ""),
-        ),
-    ),
-    (
-        "TK144",
-        "ensemble output 'finish'",
-        append(ENS, 'output { name: "finish" data_type: TYPE_STRING dims: 1 }'),
-    ),
-    ("TK145", "ensemble input 'typo'", append(ENS, EXTRA_OUTPUT.replace("output", "input").replace("EXTRA", "typo"))),
-    (
-        "TK146",
-        "'sead', is not connected",
-        all_of(edit(ENS, 'value: "seed"', 'value: "sead"'), drop_ensemble_input("seed")),
-    ),
-    (
-        "TK147",
-        "'_x'",
-        all_of(
-            append(PRE, EXTRA_OUTPUT),
-            edit(
-                ENS, r'(    output_map \{\n      key: "OUT_PAD_ID")', r'    output_map { key: "EXTRA" value: "_x" }\n\1'
-            ),
-        ),
-    ),
-    ("TK148", "inconsistent data type", edit(ENS, r'(name: "top_p"\n  data_type: )TYPE_FP32', r"\1TYPE_FP64")),
-    ("TK149", "inconsistent shape", edit(ENS, r'(name: "top_k"\n  data_type: TYPE_INT32\n  dims: )1', r"\g<1>2")),
-    ("TK150", "allows maximum batch size 16", edit(ENS, "max_batch_size: 8", "max_batch_size: 16")),
-    (
-        "TK151",
-        "is not connected",
-        all_of(edit(ENS, r'(key: "END_ID"\n      value: )"end_id"', r'\1"batch_index"'), drop_ensemble_input("end_id")),
-    ),
-    ("TK152", "instance group should not be", append(ENS, "instance_group { count: 1 kind: KIND_CPU }")),
-    ("TK152", "empty backend type", append(ENS, 'backend: "python"')),
-    (
-        "TK154",
-        "originated from different decoupled",
-        edit(ENS, r'(key: "BATCH_INDEX"\n      value: )"batch_index"', r'\1"_REQUEST_INPUT_LEN"'),
-    ),
-    ("TK155", "whose required version 7", edit(ENS, "model_version: -1", "model_version: 7")),
-    (
-        "TK156",
-        "can appear in an output map only once",
-        edit(ENS, r'(key: "sequence_index"\n      value: )"sequence_index"', r'\1"batch_index"'),
-    ),
-]
-
-
-@pytest.mark.slow
-def test_the_server_refuses_what_the_linter_refuses_and_loads_what_it_passes(tmp_path: Path) -> None:
-    good, repository = tmp_path / "good", tmp_path / "repository"
-    write_repository(generated(write_tokenizer(tmp_path / "source")), good)
-    shutil.copytree(good, repository)
-    surprises = []
-    with serve(repository, tmp_path, "--model-control-mode=explicit") as server:
-
-        def load() -> tuple[int, str]:
-            before = server.log.stat().st_size
-            status, answer = server.http("repository/models/ensemble/load", {})
-            return status, answer + server.log.read_text()[before:]
-
-        for rule, words, break_it in REFUSED:
-            break_it(repository)
-            findings = lint_repository(repository)
-            assert rule in {finding.id for finding in findings}, rule
-            assert has_errors(findings), rule
-            status, said = load()
-            if status == 200 or words not in said:
-                surprises.append((rule, status, said))
-            for model in (ENS, LLM, PRE, POST):
-                server.http(f"repository/models/{model}/unload", {})
-            shutil.rmtree(repository)
-            shutil.copytree(good, repository)
-        assert load()[0] == 200, server.log.read_text()[-3000:]
-    assert surprises == []

@@ -128,7 +128,7 @@ def test_another_runtime_is_checked_as_a_whole() -> None:
     assert with_serving(config, topology="fused").serving.layout == "fused"
     assert config.serving.runtime == "tensorrtllm"
     special = parse_config("name: x\nmodel: {source: a/b}\nserving: {decoding_mode: top_k}\n")
-    with pytest.raises(InputError, match="with serving.runtime 'vllm': serving: decoding_mode goes with"):
+    with pytest.raises(InputError, match=r"with serving\.runtime 'vllm': serving: decoding_mode goes with"):
         with_serving(special, runtime="vllm")
 
 

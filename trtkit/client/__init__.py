@@ -5,6 +5,7 @@ from __future__ import annotations
 from trtkit.client.api import (
     Chunk,
     Completion,
+    Ending,
     GenerateRequest,
     LLMClient,
     RequestTimeoutError,
@@ -12,4 +13,13 @@ from trtkit.client.api import (
     connect,
 )
 
-__all__ = ["Chunk", "Completion", "GenerateRequest", "LLMClient", "RequestTimeoutError", "ServerError", "connect"]
+__all__ = [
+    "Chunk",
+    "Completion",
+    "Ending",
+    "GenerateRequest",
+    "LLMClient",
+    "RequestTimeoutError",
+    "ServerError",
+    "connect",
+]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 from urllib.parse import urlsplit
 
+from trtkit import serving_contract
 from trtkit.errors import InputError, LacksError, TrtkitError
 
 if TYPE_CHECKING:
@@ -20,19 +21,21 @@ if TYPE_CHECKING:
 ProtocolName = Literal["grpc", "http"]
 
 ENSEMBLE = "ensemble"
-"""The model that takes and returns text."""
+"""The model that takes and returns text, made of steps."""
+LLM = serving_contract.MODEL
+"""The model that takes text or chat messages and returns text, all in one (`trtkit.serving_contract`)."""
 ENGINE = "tensorrt_llm"
 """The model that takes and returns tokens."""
 
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """One prompt and how to continue it. None leaves a choice to the server.
+    """One prompt, or a chat, and how to continue it. None leaves a choice to the server.
 
     Values are sent as they are: judging them is the server's work, and `trtkit validate` checks that it does.
     """
 
-    prompt: str
+    prompt: str = ""
     max_tokens: int = 64
     temperature: float | None = None
     top_k: int | None = None
@@ -45,9 +48,29 @@ class GenerateRequest:
     seed: int | None = None
     stop_words: Sequence[str] = ()
     bad_words: Sequence[str] = ()
+    end_id: int | None = None
+    """Token that ends the answer, instead of the model's own; -1 is no token, so that it never ends early."""
+    messages: Sequence[Mapping[str, Any]] = ()
+    """Chat messages, such as `{"role": "user", "content": "Hello"}`, in place of the prompt. The model `llm` takes
+    them."""
     request_id: str = ""
     """Empty lets the client make a unique one. Detokenisation on the server keeps state per id, so never use one twice
     at the same time."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What a served model says about a whole answer. None where it does not say.
+
+    Attributes:
+        finish_reason: `stop` or `length`.
+        prompt_tokens: tokens of the prompt, special ones included.
+        completion_tokens: tokens of the answer, without the one that ended it.
+    """
+
+    finish_reason: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -58,22 +81,27 @@ class Chunk:
     """May be empty: the server holds back a character whose bytes are not all there yet."""
     received_ns: int
     """`time.perf_counter_ns()` when the piece arrived."""
+    ending: Ending | None = None
+    """With the last piece, if the model says something about the whole answer."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A whole answer, without the prompt."""
+    """A whole answer, without the prompt. None where the model does not say; see `Ending`."""
 
     text: str
     request_id: str
+    finish_reason: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
 
 
 class ServerError(TrtkitError):
     """The server answered a request with an error.
 
     Attributes:
-        status: HTTP status (`400`) or gRPC status name (`INVALID_ARGUMENT`); empty where the protocol gives none, as in
-            the messages of an open stream.
+        status: HTTP status (`400`) or gRPC status name (`INVALID_ARGUMENT`); empty where the server gives none. Over
+            HTTP an error behind the first piece of a stream is an event of an answer whose status is `200`.
         message: the server's own words.
     """
 
@@ -110,15 +138,24 @@ class LLMClient(Protocol):
     def model(self) -> str:
         """The model that `generate` and `stream` talk to."""
 
-    async def generate(self, request: GenerateRequest, *, timeout_s: float = 120.0) -> Completion:
-        """The whole answer at once (`stream` off)."""
+    async def generate(
+        self, request: GenerateRequest, *, model: str | None = None, timeout_s: float = 120.0
+    ) -> Completion:
+        """The whole answer at once (`stream` off).
 
-    def stream(self, request: GenerateRequest, *, timeout_s: float = 120.0) -> AsyncGenerator[Chunk, None]:
+        Args:
+            model: None is the client's.
+        """
+
+    def stream(
+        self, request: GenerateRequest, *, model: str | None = None, timeout_s: float = 120.0
+    ) -> AsyncGenerator[Chunk, None]:
         """The answer piece by piece.
 
         Closing the iterator early (`aclose`, or `contextlib.aclosing`) cancels the request on the server. A model that
-        polls for it stops at once. An ensemble does not hand it to a step that is running: the engine makes its tokens
-        to the end, and Triton 2.51 then counts the request as in flight for ever and waits for it when it is stopped.
+        polls for it, as `llm` does, stops at once. An ensemble does not hand it to a step that is running: the engine
+        makes its tokens to the end, and Triton 2.51 then counts the request as in flight for ever and waits for it when
+        it is stopped.
 
         Raises:
             InputError: the model is not decoupled, so it cannot stream.
@@ -186,6 +223,8 @@ class LLMClient(Protocol):
 
 def connect(url: str, *, model: str = ENSEMBLE, protocol: ProtocolName | None = None) -> LLMClient:
     """A client for `model` at `url`; opens no connection yet. Use it as `async with connect(url) as client:`.
+
+    `trtkit.client.served.find` tells which model a server has.
 
     Args:
         url: `grpc://HOST:PORT`, `http://HOST:PORT` (`grpcs` and `https` with TLS), or `HOST:PORT` with `protocol`.

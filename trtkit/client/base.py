@@ -5,10 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from trtkit.client import api, tensors
-from trtkit.client.api import Chunk, Completion, GenerateRequest
+from trtkit.client.api import Chunk, Completion, Ending, GenerateRequest
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -16,8 +16,17 @@ if TYPE_CHECKING:
 Response = TypeVar("Response")
 """One response as the protocol has it: a protobuf message, or a JSON object."""
 
-TEXT_OUTPUTS = ("text_output",)
+ENDING_OUTPUTS = ("finish_reason", "prompt_tokens", "completion_tokens")
+"""What an ensemble does not have. They are the fields of `Ending`."""
+TEXT_OUTPUTS = ("text_output", *ENDING_OUTPUTS)
 TOKEN_OUTPUTS = ("output_ids", "sequence_length")
+
+
+class Known(NamedTuple):
+    """What the client remembers of a model's config."""
+
+    decoupled: bool
+    outputs: frozenset[str]
 
 
 class Client(ABC, Generic[Response]):
@@ -29,7 +38,7 @@ class Client(ABC, Generic[Response]):
     def __init__(self, url: str, model: str) -> None:
         self.url = url
         self.model = model
-        self._known: dict[str, bool] = {}
+        self._known: dict[str, Known] = {}
 
     @abstractmethod
     def _responses(
@@ -47,7 +56,8 @@ class Client(ABC, Generic[Response]):
         Closing it early cancels the request on the server.
 
         Args:
-            outputs: those that are wanted, where the protocol can say so; none is all.
+            outputs: those that are wanted, where the protocol can say so; none is all. `ENDING_OUTPUTS` only where the
+                model has them.
             stream: the request may have several responses.
         """
 
@@ -64,28 +74,47 @@ class Client(ABC, Generic[Response]):
 
     @staticmethod
     @abstractmethod
+    def _ending(response: Response) -> Ending | None:
+        """What the response says about the first beam's whole answer; None for one that says nothing of it."""
+
+    @staticmethod
+    @abstractmethod
     def _beam(response: Response) -> tuple[Sequence[int], int]:
         """The first beam's tokens, and how many of them count."""
 
-    async def generate(self, request: GenerateRequest, *, timeout_s: float = 120.0) -> Completion:
-        request_id = api.new_request_id(request.request_id)
-        inputs = tensors.ensemble_inputs(request, stream=False)
-        responses = self._responses(self.model, inputs, request_id, TEXT_OUTPUTS, timeout_s, stream=False)
-        pieces = [self._text(response) async for _, response in responses]
-        if not pieces:  # an ensemble does this to a request that lacks a required input
-            raise api.ServerError("the answer ended before it began", model=self.model)
-        return Completion("".join(pieces), request_id)
+    async def generate(
+        self, request: GenerateRequest, *, model: str | None = None, timeout_s: float = 120.0
+    ) -> Completion:
+        name, request_id = model or self.model, api.new_request_id(request.request_id)
+        inputs = tensors.text_inputs(request, stream=False)
+        responses = self._responses(name, inputs, request_id, TEXT_OUTPUTS, timeout_s, stream=False)
+        pieces, ending = [], Ending()
+        async for _, response in responses:
+            pieces.append(self._text(response))
+            ending = self._ending(response) or ending
+        if not pieces:
+            raise _no_answer(name)
+        return Completion(
+            "".join(pieces), request_id, ending.finish_reason, ending.prompt_tokens, ending.completion_tokens
+        )
 
-    async def stream(self, request: GenerateRequest, *, timeout_s: float = 120.0) -> AsyncGenerator[Chunk, None]:
-        await self._must_stream(self.model, timeout_s)
-        inputs = tensors.ensemble_inputs(request, stream=True)
+    async def stream(
+        self, request: GenerateRequest, *, model: str | None = None, timeout_s: float = 120.0
+    ) -> AsyncGenerator[Chunk, None]:
+        name = model or self.model
+        await self._must_stream(name, timeout_s)
+        inputs = tensors.text_inputs(request, stream=True)
         request_id = api.new_request_id(request.request_id)
-        responses = self._responses(self.model, inputs, request_id, TEXT_OUTPUTS, timeout_s, stream=True)
+        responses = self._responses(name, inputs, request_id, TEXT_OUTPUTS, timeout_s, stream=True)
+        count = 0
         try:
             async for received_ns, response in responses:
-                yield Chunk(text=self._text(response), received_ns=received_ns)
+                count += 1
+                yield Chunk(self._text(response), received_ns, self._ending(response))
         finally:
             await responses.aclose()
+        if not count:
+            raise _no_answer(name)
 
     async def generate_tokens(
         self,
@@ -123,12 +152,17 @@ class Client(ABC, Generic[Response]):
         finally:
             await responses.aclose()
 
-    async def _is_decoupled(self, model: str, timeout_s: float) -> bool:
-        """Whether the model may answer a request any number of times. The server is asked once."""
+    async def _about(self, model: str, timeout_s: float) -> Known:
+        """What requests to a model depend on. The server is asked once."""
         if model not in self._known:
             config = await self.model_config(model, timeout_s=timeout_s)
-            self._known[model] = bool(config.get("model_transaction_policy", {}).get("decoupled", False))
+            decoupled = bool(config.get("model_transaction_policy", {}).get("decoupled", False))
+            self._known[model] = Known(decoupled, frozenset(tensor["name"] for tensor in config.get("output", [])))
         return self._known[model]
+
+    async def _is_decoupled(self, model: str, timeout_s: float) -> bool:
+        """Whether the model may answer a request any number of times."""
+        return (await self._about(model, timeout_s)).decoupled
 
     async def _must_stream(self, model: str, timeout_s: float) -> None:
         if not await self._is_decoupled(model, timeout_s):
@@ -141,3 +175,8 @@ class Client(ABC, Generic[Response]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+
+def _no_answer(model: str) -> api.ServerError:
+    """An ensemble does this to a request that lacks a required input."""
+    return api.ServerError("the answer ended before it began", model=model)

@@ -15,8 +15,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trtkit.client import api, tensors
-from trtkit.client.api import ProtocolName
-from trtkit.client.base import Client
+from trtkit.client.api import Ending, ProtocolName
+from trtkit.client.base import ENDING_OUTPUTS, Client
 from trtkit.errors import TrtkitError
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ T = TypeVar("T")
 
 _END_S = 2.0
 
+_STATUS = (("triton_grpc_error", "true"),)
+"""Asks for an error as the status of the stream, which has a code, instead of as a message in it, which has none. Older
+servers do not know this and send the message."""
 _OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -131,12 +134,16 @@ class GrpcClient(Client[Any]):
         stream: bool,
     ) -> AsyncGenerator[tuple[int, Any], None]:
         """Over the call that the model understands, whatever the request asks for."""
+        if outputs or not stream:
+            known = await self._about(model, timeout_s)
+            outputs = [name for name in outputs if name not in ENDING_OUTPUTS or name in known.outputs]
+            stream = stream or known.decoupled
         message = _request(model, inputs, request_id, outputs)
-        if not (stream or await self._is_decoupled(model, timeout_s)):
+        if not stream:
             answer = await self._call("ModelInfer", message, timeout_s, model)
             yield time.perf_counter_ns(), answer
             return
-        call = self._connected().ModelStreamInfer(iter([message]), timeout=timeout_s)
+        call = self._connected().ModelStreamInfer(iter([message]), timeout=timeout_s, metadata=_STATUS)
         try:
             while answer := await self._guarded(call.read, model, timeout_s):
                 received_ns = time.perf_counter_ns()
@@ -153,6 +160,14 @@ class GrpcClient(Client[Any]):
             if output.name == "text_output":
                 return next(iter(tensors.split_strings(raw)), "")
         return ""
+
+    @staticmethod
+    def _ending(response: Any) -> Ending | None:
+        if len(response.outputs) < 2:
+            return None  # most pieces of a stream
+        outputs = _outputs(response)
+        found: dict[str, Any] = {name: outputs[name] for name in ENDING_OUTPUTS if name in outputs}
+        return Ending(**{name: array.item(0) for name, array in found.items() if array.size}) if found else None
 
     @staticmethod
     def _beam(response: Any) -> tuple[Sequence[int], int]:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from trtkit.client import api, tensors
-from trtkit.client.api import ProtocolName
-from trtkit.client.base import Client
+from trtkit.client.api import Ending, ProtocolName
+from trtkit.client.base import ENDING_OUTPUTS, Client
 from trtkit.client.sse import EventParser
 from trtkit.errors import InputError, TrtkitError
 
@@ -116,7 +116,9 @@ class HttpClient(Client[dict[str, Any]]):
         # Closing this early closes the socket, which cancels the request on the server.
         async with self._response("POST", _path(model, "generate_stream"), body, timeout_s, model) as response:
             if response.status != 200:
-                _checked(response.status, await response.read(), model)
+                whole = await response.read()
+                events = EventParser().feed(whole)  # what a model gives is one, even an error before the first piece
+                _checked(response.status, events[0] if events else whole, model)
             parser = EventParser()
             async for piece in response.content.iter_any():
                 received_ns = time.perf_counter_ns()
@@ -125,10 +127,13 @@ class HttpClient(Client[dict[str, Any]]):
 
     @staticmethod
     def _text(response: dict[str, Any]) -> str:
-        value = response.get("text_output", "")
-        if isinstance(value, list):
-            value = value[0] if value else ""
-        return str(value)
+        value = _first(response.get("text_output"))
+        return "" if value is None else str(value)
+
+    @staticmethod
+    def _ending(response: dict[str, Any]) -> Ending | None:
+        found = {name: _first(response[name]) for name in ENDING_OUTPUTS if name in response}
+        return Ending(**found) if found else None
 
     @staticmethod
     def _beam(response: dict[str, Any]) -> tuple[Sequence[int], int]:
@@ -179,6 +184,11 @@ class HttpClient(Client[dict[str, Any]]):
 
 def _path(model: str, verb: str = "") -> str:
     return f"v2/models/{quote(model, safe='')}" + (f"/{verb}" if verb else "")
+
+
+def _first(value: Any) -> Any:
+    """The first of several values, or the one that stands bare."""
+    return (value[0] if value else None) if isinstance(value, list) else value
 
 
 def _flat(inputs: Sequence[tensors.Tensor], request_id: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The tensors of a request to the ensemble or to the engine model (`trtkit.contract`), and their bytes on the wire.
+"""The tensors of requests, for text (`trtkit.serving_contract`) or tokens (`trtkit.contract`), and their bytes.
 
 Encoding: "Tensor Data" in the KServe v2 inference protocol; a BYTES element is a little-endian 32-bit length and the
 bytes.
@@ -6,12 +6,13 @@ bytes.
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from trtkit import contract
+from trtkit import contract, serving_contract
 from trtkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -78,12 +79,24 @@ def vector(name: str, datatype: str, values: Sequence[object]) -> Tensor:
     return Tensor(name, datatype, (1, len(values)), tuple(values))
 
 
-def ensemble_inputs(request: GenerateRequest, *, stream: bool) -> list[Tensor]:
-    """The ensemble's inputs for one request. What the request leaves open is not sent; the prompt is not echoed."""
+def text_inputs(request: GenerateRequest, *, stream: bool) -> list[Tensor]:
+    """The inputs of `llm` or of an ensemble for one request: all but `messages` are called the same in both.
+
+    What the request leaves open is not sent; the prompt is not echoed.
+    """
     values = {item.name: getattr(request, item.name) for item in fields(request)}
-    values |= {"text_input": request.prompt, "stream": stream, "exclude_input_in_output": True}
+    values |= {"stream": stream, "exclude_input_in_output": True}
     values |= {name: values[name] or None for name in ("stop_words", "bad_words")}
-    return _given(contract.ENSEMBLE_INPUTS, values)
+    values["text_input"] = request.prompt if request.prompt or not request.messages else None
+    values["messages"] = _as_json(request.messages) if request.messages else None
+    return _given(serving_contract.INPUTS, values)
+
+
+def _as_json(messages: Sequence[Mapping[str, Any]]) -> str:
+    try:
+        return json.dumps(list(messages), ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"messages: no JSON can say this: {error}", "send texts, numbers, lists and dicts") from None
 
 
 def engine_inputs(

@@ -133,6 +133,19 @@ class Objects:
         return plain(error, self.location.url, self.store.endpoint())
 
 
+def has_content(item: RemoteObject, file: Path) -> bool:
+    """Whether an object is this file: by size, and by the checksum where the listing tells one."""
+    if not file.is_file() or file.stat().st_size != item.size:
+        return False
+    if item.checksum is None:
+        return True
+    hasher = transfer._hasher(item)
+    with file.open("rb") as stream:
+        while block := stream.read(2**20):
+            hasher.update(block)
+    return bool(hasher.digest() == item.checksum[1])
+
+
 def is_plain_path(name: str) -> bool:
     """Whether a name is a relative path that stays below where it is put, on any filesystem."""
     parts = name.split("/")

@@ -36,10 +36,17 @@ def opened(repository: Path, model: str) -> Iterator[tuple[Path, Path, Any]]:
     if model in ("", ".", "..") or "/" in model or not (root / model).is_dir():
         names = sorted(item.name for item in root.iterdir() if item.is_dir() and not item.name.startswith("."))
         raise InputError(f"{repository} has no model '{model}'", f"it has {', '.join(names) or 'none'}")
+    with locked(root):
+        yield root, root / model, pbtxt.load(root / model / "config.pbtxt")
+
+
+@contextlib.contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Waits until nobody else changes versions in the repository, and keeps others waiting."""
     lock = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield root, root / model, pbtxt.load(root / model / "config.pbtxt")
+        yield
     finally:
         os.close(lock)
 

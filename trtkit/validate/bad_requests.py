@@ -11,6 +11,7 @@ from trtkit.client.api import LLMClient, RequestTimeoutError, ServerError
 from trtkit.client.tensors import Tensor, scalar
 from trtkit.errors import TrtkitError
 from trtkit.findings import Finding
+from trtkit.validate.contract import takes_messages
 from trtkit.validate.results import CheckResult, Subject, plural, result, short
 
 NAME = "bad_requests"
@@ -23,8 +24,12 @@ class _Case(NamedTuple):
     send: Callable[[LLMClient], Awaitable[Any]]
 
 
-def cases(subject: Subject) -> list[_Case]:
-    """The bad requests. Each goes to the text model and should be refused."""
+def cases(subject: Subject, *, takes_messages: bool = False) -> list[_Case]:
+    """The bad requests. Each goes to the text model and should be refused.
+
+    Args:
+        takes_messages: the model is one like `llm`.
+    """
     prompt = subject.prompts[0]
     good = subject.request(prompt)
 
@@ -42,9 +47,12 @@ def cases(subject: Subject) -> list[_Case]:
         _Case("max_tokens -1", text(max_tokens=-1)),
         _Case("top_p 5", text(top_p=5.0)),
         _Case("a number as prompt", raw(subject.model, scalar("text_input", "INT32", 7), max_tokens)),
-        _Case("no max_tokens", raw(subject.model, text_input)),
         _Case("unknown model", raw(UNKNOWN_MODEL, text_input, max_tokens)),
     ]
+    if takes_messages:
+        found += _chat_cases(text, lambda *inputs: raw(subject.model, max_tokens, *inputs), text_input)
+    else:
+        found.append(_Case("no max_tokens", raw(subject.model, text_input)))
     longest = subject.max_input_len or subject.max_seq_len
     if longest:
         # Every word is at least one token, so this is too long for any tokenizer.
@@ -52,12 +60,35 @@ def cases(subject: Subject) -> list[_Case]:
     return found
 
 
+def _chat_cases(
+    text: Callable[..., Callable[[LLMClient], Awaitable[Any]]],
+    raw: Callable[..., Callable[[LLMClient], Awaitable[Any]]],
+    text_input: Tensor,
+) -> list[_Case]:
+    """Those for a model like `llm`."""
+    message = {"role": "user", "content": "Hello"}
+    return [
+        _Case("neither prompt nor messages", raw()),
+        _Case("prompt and messages", text(messages=[message])),
+        _Case("messages that are no JSON", raw(scalar("messages", "BYTES", "[{"))),
+        _Case("messages without a message", raw(scalar("messages", "BYTES", "[]"))),
+        _Case("a message without a role", text(prompt="", messages=[{"content": "Hello"}])),
+        _Case("a message without content", text(prompt="", messages=[{"role": "user"}])),
+        _Case("template arguments for a prompt", raw(text_input, scalar("chat_template_kwargs", "BYTES", "{}"))),
+        _Case("temperature -1", text(temperature=-1.0)),
+        _Case("end_id -2", text(end_id=-2)),
+        _Case("0 sequences", raw(text_input, scalar("num_return_sequences", "INT32", 0))),
+    ]
+
+
 async def check(subject: Subject, clients: Sequence[LLMClient]) -> CheckResult:
     """Sends every bad request over every client, and a good one after each."""
+    config = await clients[0].model_config(subject.model, timeout_s=subject.lookup_s)
+    bad = cases(subject, takes_messages=takes_messages(config))
     findings: list[Finding] = []
     slowest_s, count, refused = 0.0, 0, 0
     for client in clients:
-        for case in cases(subject):
+        for case in bad:
             count += 1
             begin = time.perf_counter()
             finding = await _judge(case, client, subject)

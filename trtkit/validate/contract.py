@@ -1,7 +1,8 @@
 """Does the server have the models that clients count on, with the tensors they count on?
 
-What is looked at is the part of the contract (`trtkit.contract`) that a text client and the ensemble's own wiring use.
-A server may have more inputs, as long as it does not require them.
+What is looked at is the part of the contract (`trtkit.contract`) that a text client and the ensemble's own wiring use,
+and the whole of that of the model `llm` (`trtkit.serving_contract`). A server may have more inputs, as long as it does
+not require them.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from trtkit import serving_contract
+from trtkit.client.api import LLM as LLM_MODEL
 from trtkit.client.api import LLMClient
 from trtkit.contract import (
     ENSEMBLE_INPUTS,
@@ -53,6 +56,7 @@ ENGINE = _part(
     """input_ids input_lengths request_output_len end_id pad_id stop_words_list bad_words_list temperature runtime_top_k
     runtime_top_p seed streaming exclude_input_in_output output_ids sequence_length""",
 )
+LLM = _Contract(serving_contract.INPUTS, serving_contract.OUTPUTS)
 EITHER = {"input_ids"}
 """Inputs that may be required or optional: a backend that also serves encoders has prompts without tokens."""
 STEPS = {
@@ -78,20 +82,40 @@ async def check(subject: Subject, clients: Sequence[LLMClient]) -> CheckResult:
     text = await _config(subject, client, subject.model, states, findings)
     steps = [step["model_name"] for step in (text or {}).get("ensemble_scheduling", {}).get("step", [])]
     configs = {subject.model: text}
-    for name in dict.fromkeys([*steps, subject.engine]):
+    main = [name for name in (subject.engine, LLM_MODEL if LLM_MODEL in states else None) if name]
+    for name in dict.fromkeys([*steps, *main]):
         configs[name] = await _config(subject, client, name, states, findings)
     tensors = 0
-    contracts = {subject.model: TEXT, subject.engine: ENGINE} | STEPS
     for name, config in configs.items():
-        if config is not None and name in contracts:
-            findings += _compare(config, contracts[name])
-            tensors += len(contracts[name].inputs) + len(contracts[name].outputs)
-    for name in (subject.model, subject.engine):
+        if config is not None and (contract := _contract_of(config, subject)):
+            findings += _compare(config, contract)
+            tensors += len(contract.inputs) + len(contract.outputs)
+    for name in dict.fromkeys([subject.model, *main]):
         if (config := configs[name]) is not None:
             findings += _settings(config, subject)
     served = [name for name, config in configs.items() if config is not None]
     detail = f"{plural(len(served), 'model')} ready ({', '.join(served)}), {plural(tensors, 'tensor')} compared"
     return result(NAME, detail, findings, models=states, tensors=tensors)
+
+
+def takes_messages(config: dict[str, Any]) -> bool:
+    """Whether a model is one like `llm`, by its config."""
+    return config["name"] == LLM_MODEL or any(tensor["name"] == "messages" for tensor in config.get("input", []))
+
+
+async def chat_model(subject: Subject, client: LLMClient) -> str | None:
+    """The model like `llm`: the one that is checked, or the one beside an ensemble; None where the server has none."""
+    states = await client.models(timeout_s=subject.lookup_s)
+    if subject.model in states:
+        if takes_messages(await client.model_config(subject.model, timeout_s=subject.lookup_s)):
+            return subject.model
+    return LLM_MODEL if LLM_MODEL in states else None
+
+
+def _contract_of(config: dict[str, Any], subject: Subject) -> _Contract | None:
+    if takes_messages(config):
+        return LLM
+    return {subject.model: TEXT, subject.engine: ENGINE, **STEPS}.get(config["name"])
 
 
 async def _config(

@@ -22,7 +22,7 @@ class Subject:
 
     Attributes:
         model: takes and returns text.
-        engine: takes and returns tokens.
+        engine: takes and returns tokens; None where `model` drives the engine in its own process.
         prompts: sent in turn.
         max_tokens: generated per prompt.
         source: folder of the Hugging Face checkpoint that the served model was made from.
@@ -32,13 +32,14 @@ class Subject:
         max_running: requests that the engine runs at once, where that is more than `max_batch_size`.
         max_input_len: longest prompt in tokens that the server should take.
         max_seq_len: longest prompt and answer together.
+        chat_template: Jinja file that is served instead of the source's own.
         add_special_tokens: the server lets the tokenizer add its begin-of-sequence token.
         trust_remote_code: run Python code that comes with the source.
         timeout_s: every request must be answered within this time.
     """
 
     model: str = ENSEMBLE
-    engine: str = ENGINE
+    engine: str | None = ENGINE
     prompts: Sequence[str] = tuple(ValidationConfig().prompts)
     max_tokens: int = ValidationConfig().max_tokens
     source: Path | None = None
@@ -48,6 +49,7 @@ class Subject:
     max_running: int | None = None
     max_input_len: int | None = None
     max_seq_len: int | None = None
+    chat_template: Path | None = None
     add_special_tokens: bool = True
     trust_remote_code: bool = False
     timeout_s: float = 60.0

@@ -8,11 +8,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-from trtkit.client.api import ENGINE, ENSEMBLE, LLMClient, ProtocolName, connect, unreachable
+from trtkit.client.api import LLMClient, ProtocolName, connect, unreachable
+from trtkit.client.served import BY_TOPOLOGY
 from trtkit.config import BuildConfig
 from trtkit.errors import InputError, LacksError, TrtkitError
 from trtkit.findings import Finding
-from trtkit.validate import bad_requests, cancellation, contract, parity, streaming
+from trtkit.validate import bad_requests, cancellation, chat, contract, parity, streaming
 from trtkit.validate.results import CheckResult, Subject, result
 from trtkit.validate.source import position_limit, require_torch
 
@@ -23,34 +24,38 @@ CHECKS: dict[str, Check] = {
     parity.TOKENS: parity.check_tokens,
     parity.TEXT: parity.check_text,
     streaming.NAME: streaming.check,
+    chat.NAME: chat.check,
     cancellation.NAME: cancellation.check,
     bad_requests.NAME: bad_requests.check,
 }
 """By name, in the order in which they run: what explains later failures first, what may break the server last."""
 
-_NEED_SOURCE = (parity.TOKENS, parity.TEXT)
+_NEED_SOURCE = (parity.TOKENS, parity.TEXT, chat.NAME)
 
 
 def subject_of(
     config: BuildConfig,
     *,
     source: Path | None = None,
-    model: str = ENSEMBLE,
-    engine: str = ENGINE,
+    model: str | None = None,
+    engine: str | None = None,
     timeout_s: float = 60.0,
 ) -> Subject:
     """What a build config says about the model that it serves.
 
     Args:
         source: folder of the source; None takes model.source where that is a local folder.
+        model, engine: names; None takes those that the topology has.
     """
     local = Path(config.model.source).expanduser()
     folder = source or (local if local.is_dir() else None)
     limit = position_limit(folder) if folder else None
+    usual = BY_TOPOLOGY[config.serving.layout or "ensemble"]
+    template = config.serving.chat_template
     engine_limits = config.serving.runtime == "tensorrtllm"
     return Subject(
-        model=model,
-        engine=engine,
+        model=model or usual.text,
+        engine=engine or usual.engine,
         prompts=tuple(config.validation.prompts),
         max_tokens=config.validation.max_tokens,
         source=folder,
@@ -60,6 +65,7 @@ def subject_of(
         max_running=config.engine.max_batch_size if engine_limits else None,
         max_input_len=config.engine.max_input_len if engine_limits else None,
         max_seq_len=config.engine.max_seq_len or limit,
+        chat_template=Path(template) if template else None,
         add_special_tokens=config.serving.add_special_tokens,
         trust_remote_code=config.model.trust_remote_code,
         timeout_s=timeout_s,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import aclosing
 from typing import NamedTuple
 
-from trtkit.client.api import LLMClient
+from trtkit.client.api import Ending, LLMClient
 from trtkit.findings import Finding
 from trtkit.validate.results import CheckResult, Subject, plural, result, short, skipped
 
@@ -23,6 +23,10 @@ class _Answer(NamedTuple):
     prompt: str
     whole: str
     pieces: list[str]
+    told: Ending
+    """What was said about the whole answer."""
+    endings: list[Ending | None]
+    """What the pieces said of it."""
 
 
 async def check(subject: Subject, clients: Sequence[LLMClient]) -> CheckResult:
@@ -35,8 +39,10 @@ async def check(subject: Subject, clients: Sequence[LLMClient]) -> CheckResult:
             whole = await client.generate(subject.request(prompt), timeout_s=subject.timeout_s)
             stream = client.stream(subject.request(prompt), timeout_s=subject.timeout_s)
             async with aclosing(stream) as chunks:
-                pieces = [chunk.text async for chunk in chunks]
-            answers.append(_Answer(client.protocol, prompt, whole.text, pieces))
+                pieces = [chunk async for chunk in chunks]
+            told = Ending(whole.finish_reason, whole.prompt_tokens, whole.completion_tokens)
+            texts, endings = [chunk.text for chunk in pieces], [chunk.ending for chunk in pieces]
+            answers.append(_Answer(client.protocol, prompt, whole.text, texts, told, endings))
     findings = [finding for answer in answers for finding in _judge(answer)] + list(_across(answers))
     prompts, counts = len({answer.prompt for answer in answers}), [len(answer.pieces) for answer in answers]
     protocols = " and ".join(client.protocol for client in clients)
@@ -69,6 +75,13 @@ def _judge(answer: _Answer) -> Iterator[Finding]:
         cause = f"{plural(len(answer.pieces), 'piece')} for {short(answer.whole)}: it does not come as it is made"
         fix = "set serving.streaming: true, generate the repository again; see whether a proxy buffers"
         yield Finding("TK722", "error", place, cause, fix)
+
+
+    said = [ending for ending in answer.endings if ending is not None]
+    if answer.told != Ending() and (said != [answer.told] or answer.endings[-1] is None):
+        cause = f"of the whole answer is told {answer.told}, of the stream {said or 'nothing'}"
+        fix = "let the last piece, and no other, carry finish_reason and the counts of tokens"
+        yield Finding("TK724", "error", place, cause, fix)
 
 
 def _why(answer: _Answer, streamed: str) -> str:

@@ -18,10 +18,10 @@ from trtkit.client.api import new_request_id, split_url
 from trtkit.client.tensors import (
     Tensor,
     engine_inputs,
-    ensemble_inputs,
     from_bytes,
     new_tokens,
     split_strings,
+    text_inputs,
     to_array,
 )
 from trtkit.errors import InputError
@@ -81,7 +81,7 @@ def test_request_ids_are_unique_unless_given() -> None:
 
 
 def test_a_plain_request_sends_only_what_the_contract_requires_and_two_flags() -> None:
-    inputs = {tensor.name: tensor for tensor in ensemble_inputs(GenerateRequest("hi", max_tokens=3), stream=True)}
+    inputs = {tensor.name: tensor for tensor in text_inputs(GenerateRequest("hi", max_tokens=3), stream=True)}
     assert set(inputs) == {"text_input", "max_tokens", "stream", "exclude_input_in_output"}
     assert inputs["stream"].data == (True,) and inputs["exclude_input_in_output"].data == (True,)
     assert all(tensor.shape == (1, 1) for tensor in inputs.values())
@@ -102,7 +102,7 @@ def test_every_option_has_its_dtype_and_shape() -> None:
         stop_words=["a", "b"],
         bad_words=["c"],
     )
-    inputs = {tensor.name: tensor for tensor in ensemble_inputs(request, stream=False)}
+    inputs = {tensor.name: tensor for tensor in text_inputs(request, stream=False)}
     dtypes = {name: tensor.datatype for name, tensor in inputs.items()}
     assert dtypes == {
         "text_input": "BYTES",

@@ -179,5 +179,5 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     module.load = load
     module.Request, module.strings, module.ints = Request, strings, ints
     yield module
-    for name in loaded:
+    for name in [*loaded, *(name for name in sys.modules if name.split(".")[0] == "serving")]:
         sys.modules.pop(name, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lint_cases import DECOUPLED, ENSEMBLE, MODEL, NO_PROTO, UNBATCHED, Case, ensemble, model
 
+INPUT_X = 'input { name: "x" data_type: TYPE_INT32 dims: 1 }'
 ENSEMBLES = [
     Case("ensemble", ensemble()),
     Case("absent model", ensemble("~b", "~nope"), "TK141", "not available or ambiguous"),
@@ -142,6 +143,13 @@ ENSEMBLES = [
         ensemble(a=MODEL + 'input { name: "A" data_type: TYPE_INT32 dims: 1 }'),
         "TK122",
     ),
+    Case("an input twice in an ensemble", ensemble(text=ENSEMBLE + INPUT_X), "TK122"),
+    Case(
+        "an output twice in an ensemble",
+        ensemble(text=ENSEMBLE + INPUT_X.replace("input", "output").replace("x", "y")),
+        "TK122",
+    ),
+    Case("an input that a step produces", ensemble(text=ENSEMBLE + INPUT_X.replace("x", "t")), "TK156"),
     Case("decoupled", ensemble(a=DECOUPLED)),
     Case(
         "decoupled, then two instances",

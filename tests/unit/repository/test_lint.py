@@ -25,6 +25,7 @@ def repository(source: Path, tmp_path: Path) -> Path:
     """A repository without findings, for an engine of two ranks."""
     engine = tmp_path / "engine"
     engine.mkdir()
+    (source / "chat_template.jinja").write_text("{{ messages[0].content }}")
     (engine / "config.json").write_text(engine_config({"world_size": 2, "tp_size": 2}))
     for rank in range(2):
         (engine / f"rank{rank}.engine").write_bytes(b"1")
@@ -59,8 +60,8 @@ def empty(repository: Path) -> None:
 
 
 def word_pieces(repository: Path) -> None:
-    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))  # noqa: S106 - a token of text
-    tokenizer.decoder = decoders.WordPiece()
+    tokenizer = Tokenizer(models.BPE({"a</w>": 0}, [], end_of_word_suffix="</w>"))
+    tokenizer.decoder = decoders.BPEDecoder()
     tokenizer.save(str(repository / "postprocessing/1/tokenizer/tokenizer.json"))
 
 
@@ -158,7 +159,7 @@ CASES = [
     Case("TK121", append(PRE, 'input { name: "x" data_type: TYPE_INT32 optional: true }'), "preprocessing"),
     Case("TK121", append(PRE, 'output { name: "x" dims: 1 }'), "preprocessing"),
     Case("TK121", append(PRE, "output { data_type: TYPE_INT32 dims: 1 }"), "preprocessing"),
-    Case("TK122", append(ENS, 'output { name: "cum_log_probs" data_type: TYPE_FP32 dims: -1 }'), "ensemble"),
+    Case("TK122", append(ENS, 'output { name: "text_output" data_type: TYPE_STRING dims: -1 }'), "ensemble"),
     Case("TK123", edit(LLM, r"reshape \{\n  \}", "reshape { shape: [ 2 ] }"), "tensorrt_llm/config.pbtxt:"),
     Case(
         "TK123",
@@ -176,8 +177,8 @@ CASES = [
     ),
     Case("TK125", write("preprocessing/1/model.py", ""), "preprocessing/1/model.py"),
     Case("TK125", write("preprocessing/1/model.py", "class Model:\n    pass\n"), "preprocessing/1/model.py"),
-    Case("TK126", remove("preprocessing/1/encoder.py"), "preprocessing/1/model.py:"),
-    Case("TK126", remove("postprocessing/1/detokenizer.py"), "postprocessing/1/model.py:"),
+    Case("TK126", remove("preprocessing/1/serving"), "preprocessing/1/model.py:"),
+    Case("TK126", remove("postprocessing/1/serving"), "postprocessing/1/model.py:"),
     Case("TK127", insert("preprocessing/1/model.py", "import no_such_module_here.part"), "preprocessing/1/model.py:"),
     Case("TK131", as_reference("/nowhere/checkpoint"), "tensorrt_llm/config.pbtxt:"),
     Case("TK137", as_reference("/nowhere/modèles/checkpoint"), "tensorrt_llm/config.pbtxt:"),
@@ -205,7 +206,7 @@ CASES = [
     Case("TK136", word_pieces, "postprocessing/1/tokenizer/tokenizer.json"),
     Case("TK141", edit(ENS, 'model_name: "postprocessing"', 'model_name: "detokenizer"'), "ensemble/config.pbtxt:"),
     Case("TK142", edit(ENS, 'key: "seed"', 'key: "random_seed"'), "ensemble/config.pbtxt:"),
-    Case("TK142", edit(ENS, 'key: "cum_log_probs"', 'key: "log_probs"'), "ensemble/config.pbtxt:"),
+    Case("TK142", edit(ENS, 'key: "sequence_length"', 'key: "lengths"'), "ensemble/config.pbtxt:"),
     Case(
         "TK143",
         both(
@@ -243,7 +244,7 @@ CASES = [
     Case(
         "TK151",
         both(
-            edit(ENS, r'(key: "END_ID"\n      value: )"end_id"', r'\1"batch_index"'),
+            edit(ENS, r'(key: "END_ID"\n      value: )"end_id"', r'\1"_SEQUENCE_LENGTH"'),
             edit(ENS, r'input \{\n  name: "end_id".*?\n\}\n', ""),
         ),
         "ensemble",
@@ -254,7 +255,10 @@ CASES = [
     Case("TK153", edit(POST, "count: 1", "count: 2"), "postprocessing/config.pbtxt"),
     Case(
         "TK154",
-        edit(ENS, r'(key: "BATCH_INDEX"\n      value: )"batch_index"', r'\1"_REQUEST_INPUT_LEN"'),
+        both(
+            edit(ENS, r'(key: "SEQUENCE_LENGTH"\n      value: )"_SEQUENCE_LENGTH"', r'\1"_REQUEST_INPUT_LEN"'),
+            edit(ENS, r'    output_map \{\n      key: "sequence_length".*?\n    \}\n', ""),
+        ),
         "ensemble/config.pbtxt:",
     ),
     Case(
@@ -269,12 +273,7 @@ CASES = [
     Case("TK156", append(PRE, 'output { name: "INPUT_ID" data_type: TYPE_INT32 dims: -1 }'), "ensemble"),
     Case(
         "TK156",
-        edit(
-            ENS,
-            r'(key: "sequence_index"\n      value: )"sequence_index"(.*?'
-            r'key: "SEQUENCE_INDEX"\n      value: )"sequence_index"',
-            r'\1"batch_index"\2"batch_index"',
-        ),
+        edit(ENS, '"_PREPROCESSOR_END_ID"', '"_PREPROCESSOR_PAD_ID"', count=9),
         "ensemble",
     ),
 ]

@@ -77,6 +77,8 @@ ENGINES: list[tuple[str, Parameters, dict[str, Any], Server]] = [
     ("TK134", {"decoding_mode": "best"}, {}, Server()),
     ("TK134", {"lora_cache_gpu_memory_fraction": "two"}, {}, Server()),
     ("TK134", {"max_beam_width": "0"}, {}, Server()),
+    ("TK140", {"max_beam_widht": "2"}, {}, Server()),
+    ("TK140", {"cuda_graph_mode": "true"}, {"version": "0.12.0"}, Server(release="24.08")),
 ]
 
 
@@ -128,7 +130,7 @@ def write_tokenizer(
         (folder / "generation_config.json").write_text(json.dumps(generation))
 
 
-MESSAGES = '\ninput { name: "messages" data_type: TYPE_STRING dims: 1 optional: true }'
+MESSAGES = '\ninput { name: "messages" data_type: TYPE_STRING dims: 1 }'
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
 
 # rule, config, parameters, the tokenizer

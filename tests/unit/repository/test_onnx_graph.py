@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
@@ -168,3 +168,21 @@ def test_files_that_are_no_model(content: bytes | None, tmp_path: Path) -> None:
 def test_a_scalar_beside_a_batch_becomes_one_of_the_batch(tmp_path: Path) -> None:
     path = write(tmp_path / "m.onnx", [value("x", ["b"])], [value("y", ["b"])])
     assert read_graph(path).outputs == (Tensor("y", "FP32", (1,), scalar=True),)
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_a_damaged_file_is_read_or_an_error_for_the_user(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = write(tmp_path_factory.mktemp("graph") / "m.onnx", [value("x", ["b", 3])], [value("y", ["b", 3])])
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(bytes(content[: data.draw(st.integers(0, len(content)))]))
+    try:
+        found = read_graph(path)
+    except InputError as error:
+        assert "m.onnx" in error.cause
+    else:
+        assert all(tensor.dims for tensor in (*found.inputs, *found.outputs))

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from trtkit.repository.models.preprocessing import encoder as code
-from trtkit.repository.models.preprocessing.encoder import Encoder, pad, word_lists
+from trtkit.repository.models.preprocessing import tensors as code
+from trtkit.repository.models.preprocessing.tensors import pad, word_lists
 
 MODEL = Path(code.__file__).parent
 WORDS = st.lists(st.lists(st.lists(st.integers(0, 999), min_size=1, max_size=4), max_size=4), min_size=1, max_size=4)
@@ -27,8 +27,9 @@ def load(triton: Any, tmp_path: Path, byte_tokenizer: Tokenizer) -> Any:
     def make(tokenizer: Tokenizer = byte_tokenizer, **changes: str) -> Any:
         folder = tmp_path / "1"
         (folder / "tokenizer").mkdir(parents=True)
-        for name in ("model.py", "encoder.py"):
+        for name in ("model.py", "tensors.py"):
             shutil.copy(MODEL / name, folder)
+        shutil.copytree(MODEL.parent / "serving", folder / "serving")
         tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
         parameters = {"tokenizer_dir": "tokenizer", "add_special_tokens": "true", "end_ids": "1,2", "pad_id": "7"}
         return triton.load(folder, {**parameters, **changes})
@@ -131,26 +132,6 @@ def test_words_per_row(load: Any, triton: Any, byte_tokenizer: Tokenizer) -> Non
         assert byte_tokenizer.encode(word, add_special_tokens=False).ids in found
 
 
-def test_a_line_break_as_a_stop_word_matches_what_a_sentencepiece_model_writes(
-    tmp_path: Path, sentencepiece_tokenizer: Tokenizer
-) -> None:
-    sentencepiece_tokenizer.save(str(tmp_path / "tokenizer.json"))
-    encoder = Encoder(tmp_path / "tokenizer.json")
-    written = [sentencepiece_tokenizer.token_to_id("<0x0A>")]
-    alone = sentencepiece_tokenizer.encode("\n", add_special_tokens=False).ids
-    assert alone != written
-    assert encoder.word("\n") == [alone, written]
-
-
-def test_padding_and_truncation_of_the_tokenizer_file_are_ignored(tmp_path: Path, byte_tokenizer: Tokenizer) -> None:
-    copy = Tokenizer.from_str(byte_tokenizer.to_str())
-    copy.enable_truncation(2)
-    copy.enable_padding(length=64)
-    copy.save(str(tmp_path / "tokenizer.json"))
-    ids = Encoder(tmp_path / "tokenizer.json").prompts(["The quick brown fox"])
-    assert ids == [byte_tokenizer.encode("The quick brown fox").ids]
-
-
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -185,11 +166,3 @@ def test_a_prompt_without_tokens_is_an_error(load: Any, triton: Any) -> None:
     bad, good = load(tokenizer).execute([ask(triton, "zz"), ask(triton, "a")])
     assert str(bad.error) == "the prompt has no tokens"
     assert good.tensors["INPUT_ID"].tolist() == [[0]]
-
-
-def test_remembered_words_are_bounded(tmp_path: Path, byte_tokenizer: Tokenizer) -> None:
-    byte_tokenizer.save(str(tmp_path / "tokenizer.json"))
-    encoder = Encoder(tmp_path / "tokenizer.json")
-    for number in range(5000):
-        encoder.word(f"w{number}")
-    assert len(encoder._words) <= 4096

@@ -402,10 +402,12 @@ def test_triton_is_told_of_complete_versions_only(s3: StandInS3, models: Path, t
 
 
 def test_pull_into_a_repository_adds_what_is_missing(s3: StandInS3, models: Path, tmp_path: Path) -> None:
+    (models / "front" / "labels.txt").write_text("c\n")
     remote.push(models, url(s3))
     out = tmp_path / "out"
     remote.pull(url(s3), out, models=["llm"])
     assert not (out / "front").exists()
+    (out / "llm" / "labels.txt").unlink()
     inode = (out / "llm" / "1" / "model.py").stat().st_ino
     add(models, "llm", 2)
     versions.set_policy(models, "llm", "all")

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from trtkit import pbtxt
 from trtkit.config_file import parse_config
@@ -119,6 +121,53 @@ def test_signatures_that_triton_cannot_have(code: str, words: str, tmp_path: Pat
     assert words in caught.value.cause
     assert "m.py" in caught.value.cause
     assert caught.value.fix
+
+
+names = st.sampled_from(
+    ["Annotated", "NDArray", "np.float32", "np.str_", "int", "str", "tuple", "Iterator", "Optional", "None", "()", "-1",
+     "3", "'n'", "'m'", "0", "10**9", "99999999999999999999", "x"]
+)  # fmt: skip
+expressions = st.recursive(
+    names,
+    lambda inner: (
+        st.tuples(names, st.lists(inner, min_size=1, max_size=3)).map(lambda p: f"{p[0]}[{', '.join(p[1])}]")
+        | st.tuples(inner, inner).map(" | ".join)
+        | inner.map(repr)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None)
+@given(argument=expressions, result=expressions)
+def test_any_annotation_is_a_tensor_or_an_error_for_the_user(
+    argument: str, result: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    try:
+        found = signature(tmp_path_factory.mktemp("code"), f"def infer(a: {argument}) -> {result}: ...\n")
+    except InputError as error:
+        assert "m.py" in error.cause
+        return
+    message = pbtxt.model_config(
+        "m", inputs=found.inputs, outputs=found.outputs, max_batch_size=0, decoupled=False, backend="python"
+    )
+    assert pbtxt.loads(pbtxt.dumps(message)) == message
+    assert message.output
+    assert all(tensor.name and tensor.dims for tensor in [*message.input, *message.output])
+
+
+@settings(deadline=None)
+@given(code=st.text() | st.binary())
+def test_any_file_is_an_error_for_the_user(code: str | bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("code") / "m.py"
+    path.write_bytes(code.encode("utf-8", "surrogatepass") if isinstance(code, str) else code)
+    with pytest.raises(InputError):
+        read_signature(path)
+
+
+def test_a_file_that_is_nested_too_deeply(tmp_path: Path) -> None:
+    with pytest.raises(InputError):
+        signature(tmp_path, "def infer(a: " + "(" * 5000 + ")" * 5000 + ") -> int: ...\n")
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

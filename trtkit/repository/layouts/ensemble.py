@@ -8,9 +8,13 @@ from trtkit import contract, pbtxt
 from trtkit.contract_tensors import Tensor
 from trtkit.errors import InputError
 from trtkit.repository.layouts import scheduling
-from trtkit.repository.layouts.job import TOKENIZER_FILES, Files, Job, flag, model_code, pad_id, tokenizer_json
+from trtkit.repository.layouts.job import TEXT, TOKENIZER_FILES, Files, Job, flag, model_code, pad_id, tokenizer_json
 
 _INFLIGHT_SINCE = "25.11"  # core, branch r25.11: src/ensemble_scheduler reads ensemble_scheduling.max_inflight_requests
+
+TOKEN_WAIT_MS = 1.0
+"""How long a token waits so that pieces of several streams share one call of postprocessing, unless the config says
+otherwise. It takes about 40 us of CPU off every token (benchmarks/serving_path.py)."""
 
 
 def render(job: Job) -> Files:
@@ -33,12 +37,14 @@ def _preprocessing(job: Job) -> Files:
             "add_special_tokens": flag(serving.add_special_tokens),
             "end_ids": ",".join(map(str, job.end_ids)),
             "pad_id": str(pad_id(job.tokenizer_dir, job.end_ids)),
+            # The answers to several prompts in one request come one by one, and only batch_index tells them apart.
+            "several_prompts": flag(not serving.streaming or "batch_index" in serving.ensemble_outputs),
         },
         dynamic_batching=scheduling.batching(serving),
     )
     files: Files = _warm_up(message, job)
     files["preprocessing/config.pbtxt"] = pbtxt.dumps(message)
-    files.update(model_code("preprocessing"))
+    files.update(model_code("preprocessing", serving=(*TEXT, "tensors")))
     tokenizer_json(job.tokenizer_dir)
     for name in TOKENIZER_FILES:
         if (job.tokenizer_dir / name).is_file():
@@ -47,6 +53,8 @@ def _preprocessing(job: Job) -> Files:
 
 
 def _postprocessing(job: Job) -> Files:
+    wait_ms = job.config.serving.max_token_wait_ms
+    wait_ms = (TOKEN_WAIT_MS if job.config.serving.streaming else 0.0) if wait_ms is None else wait_ms
     message = pbtxt.model_config(
         "postprocessing",
         inputs=contract.POSTPROCESSING_INPUTS,
@@ -56,10 +64,10 @@ def _postprocessing(job: Job) -> Files:
         backend="python",
         instances=1,  # more would mix up the order of a stream's pieces
         parameters={"tokenizer_dir": "tokenizer", "skip_special_tokens": "true"},
-        dynamic_batching={},
+        dynamic_batching={"max_queue_delay_microseconds": round(1000 * wait_ms)},
     )
     files: Files = {"postprocessing/config.pbtxt": pbtxt.dumps(message)}
-    files.update(model_code("postprocessing"))
+    files.update(model_code("postprocessing", serving=(*TEXT, "keyed")))
     files["postprocessing/1/tokenizer/tokenizer.json"] = tokenizer_json(job.tokenizer_dir)
     return files
 
@@ -78,14 +86,15 @@ def _warm_up(message: Any, job: Job) -> Files:
 
 def _ensemble(job: Job) -> Files:
     version = job.tensorrt_llm if job.config.serving.runtime == "tensorrtllm" else None
+    extra = job.config.serving.ensemble_outputs
     message = pbtxt.model_config(
         "ensemble",
-        inputs=contract.ensemble_inputs(version),
-        outputs=contract.ensemble_outputs(version),
+        inputs=contract.ensemble_inputs(version, extra),
+        outputs=contract.ensemble_outputs(version, extra),
         max_batch_size=job.config.serving.max_batch_size,
         decoupled=job.config.serving.streaming,  # what the server would derive from the steps
     )
-    pbtxt.add_steps(message, contract.ensemble_steps(version))
+    pbtxt.add_steps(message, contract.ensemble_steps(version, extra))
     message.ensemble_scheduling.max_inflight_requests = _inflight(job)
     scheduling.cache(message, job.config.serving)
     return {"ensemble/config.pbtxt": pbtxt.dumps(message), "ensemble/1/.gitkeep": ""}

@@ -69,7 +69,7 @@ def _parameters(job: Job) -> dict[str, str]:
         "end_ids": ",".join(map(str, job.end_ids)),
         "add_special_tokens": flag(serving.add_special_tokens),
         "coalesce": flag(serving.coalesce),
-        "max_token_wait_ms": f"{serving.max_token_wait_ms:g}",
+        "max_token_wait_ms": f"{serving.max_token_wait_ms or 0.0:g}",
         "max_queue_size": str(serving.max_queue_size),
         "timeout_ms": f"{serving.queue.default_timeout_microseconds / 1000:g}",
         "allow_timeout_override": flag(serving.queue.allow_timeout_override),

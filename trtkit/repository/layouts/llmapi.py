@@ -112,6 +112,8 @@ def check_release(job: Job) -> None:
 def llm_arguments(job: Job) -> dict[str, Any]:
     """Keyword arguments of `tensorrt_llm.LLM` that the build config stands for."""
     config, serving, kv = job.config, job.config.serving, job.config.serving.kv_cache
+    if config.checkpoint.quantization.kv_cache == "int8":
+        raise InputError("checkpoint.quantization.kv_cache 'int8' is none of the PyTorch backend's", "use fp8")
     cache: dict[str, Any] = {
         "enable_block_reuse": serving.enable_kv_cache_reuse,
         "free_gpu_memory_fraction": serving.kv_cache_free_gpu_mem_fraction,

@@ -31,6 +31,10 @@ def notes(config: BuildConfig) -> list[str]:
         found.append("the vLLM backend is in the containers YY.MM-vllm-python-py3, not in those for TensorRT-LLM")
         if serving.gpu_device_ids and config.checkpoint.tp * config.checkpoint.pp > 1:
             found.append("the vLLM backend reads GPU_DEVICE_IDS since May 2026; older ones take all visible GPUs")
+    if serving.runtime == "onnxruntime" and config.deploy.target != "local" and config.deploy.image is None:
+        found.append(
+            "the containers for TensorRT-LLM have no onnxruntime backend: set deploy.image to one of YY.MM-py3"
+        )
     if serving.runtime == "onnxruntime" and config.deploy.target == "local":
         found.append(
             "the local server has no onnxruntime backend: a model.py runs the model with the package onnxruntime"

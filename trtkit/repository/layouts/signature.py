@@ -73,9 +73,9 @@ def read_signature(path: Path, function: str = "infer") -> Signature:
         tree = ast.parse(path.read_bytes())
     except OSError as error:
         raise InputError(f"no Python model at {path}: {error.strerror}", "give it in serving.python.model") from error
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: nested too deeply
         line = getattr(error, "lineno", None)
-        raise InputError(f"{path}:{line}: {getattr(error, 'msg', error)}", "mend the syntax") from error
+        raise InputError(f"{path}:{line or 1}: {getattr(error, 'msg', error)}", "mend the syntax") from error
     node, is_model = _find(path, tree, function)
     inputs, kinds = [], []
     for argument, default in _arguments(path, node, method=is_model):
@@ -134,10 +134,10 @@ def _outputs(place: str, node: ast.expr | None) -> tuple[tuple[Tensor, ...], tup
     streams = isinstance(node, ast.Subscript) and _last(node.value) in _STREAMS
     if streams and isinstance(node, ast.Subscript):
         inner = node.slice
-        node = inner.elts[0] if isinstance(inner, ast.Tuple) and inner.elts else inner
+        node = _elements(inner)[0] if _elements(inner) else None
     parts: list[ast.expr | None] = [node]
     if isinstance(node, ast.Subscript) and _last(node.value) in ("tuple", "Tuple"):
-        parts = list(node.slice.elts) if isinstance(node.slice, ast.Tuple) else [node.slice]
+        parts = [*_elements(node.slice)] or [None]
     kinds = [_read(place, part) for part in parts]
     names = [kind.name or ("output" if len(kinds) == 1 else "") for kind in kinds]
     if "" in names or len(set(names)) < len(names):
@@ -156,7 +156,7 @@ def _read(place: str, node: ast.expr | None) -> _Type:
         raise InputError(f"{place} has no annotation", _HELP)
     name, dims = "", None
     if isinstance(node, ast.Subscript) and _last(node.value) == "Annotated":
-        parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+        parts = _elements(node.slice) or [node]
         node, extras = _optional(parts[0]), [_literal(place, part) for part in parts[1:]]
         name = next((one for one in extras if isinstance(one, str)), "")
         dims = tuple(one for one in extras if isinstance(one, int)) or None
@@ -196,20 +196,25 @@ def _unquoted(place: str, node: ast.expr | None) -> ast.expr | None:
         return node
     try:
         return ast.parse(node.value, mode="eval").body
-    except SyntaxError as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise InputError(f"{place} is annotated as {node.value!r}, which is no expression", _HELP) from error
 
 
 def _literal(place: str, node: ast.expr) -> int | str:
     try:
         value = ast.literal_eval(node)
-    except ValueError:
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         value = None
-    if isinstance(value, str) and value:
+    if isinstance(value, str) and value and value.isprintable():
         return value
-    if isinstance(value, int) and not isinstance(value, bool) and (value == -1 or value > 0):
+    if isinstance(value, int) and not isinstance(value, bool) and (value == -1 or 0 < value < 2**63):
         return value
     raise InputError(f"{place} has {ast.unparse(node)} in its Annotated", "dims are 1 or more, or -1 for any size")
+
+
+def _elements(node: ast.expr) -> list[ast.expr]:
+    """What stands between the brackets of `X[a, b]`."""
+    return node.elts if isinstance(node, ast.Tuple) else [node]
 
 
 def _last(node: ast.expr) -> str:

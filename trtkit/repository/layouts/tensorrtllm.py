@@ -30,7 +30,7 @@ def render(job: Job) -> Files:
     files: Files = {}
     message, warm_up = tensorrt_llm_model.model(
         job,
-        _parameters(job, files),
+        parameters(job, files),
         inputs=contract.llm_inputs(logits_dtype=job.logits_dtype, version=version),
         outputs=contract.llm_outputs(logits_dtype=job.logits_dtype, version=version),
         backend="tensorrtllm",
@@ -38,7 +38,7 @@ def render(job: Job) -> Files:
     return {"tensorrt_llm/config.pbtxt": pbtxt.dumps(message), "tensorrt_llm/1/.gitkeep": "", **files, **warm_up}
 
 
-def _parameters(job: Job, files: Files) -> dict[str, str]:
+def parameters(job: Job, files: Files) -> dict[str, str]:
     """Parameters of the backend; a file that one of them names is added to `files`."""
     serving, kv = job.config.serving, job.config.serving.kv_cache
     values: dict[str, Value | None] = {

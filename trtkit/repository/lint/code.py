@@ -14,7 +14,7 @@ from trtkit.repository.lint.repository import Model
 from trtkit.repository.lint.rules import finding
 
 CLASS = "TritonPythonModel"
-HELPERS = {"encoder", "detokenizer", "serving"}
+HELPERS = {"tensors", "serving"}
 """Modules that generated models bring along."""
 GIVEN = {"triton_python_backend_utils", "c_python_backend_utils"}
 """Modules that the server provides."""

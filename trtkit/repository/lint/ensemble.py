@@ -162,9 +162,13 @@ def _tensors_meet(graph: _Graph) -> Iterator[Finding]:
                 "TK146", model.place(name), cause, "produce it in a step, or make it an input of the ensemble"
             )
     for name, ends in graph.producers.items():
-        if len(ends) > 1:
-            cause = f"'{name}' comes from {' and '.join(end.name for end in ends)}"
+        steps = [end.name for end in ends if end.step is not None]
+        if len(steps) > 1:
+            cause = f"'{name}' comes from {' and '.join(steps)}"
             yield finding("TK156", model.place(name), cause, "give one of them another name")
+        elif steps and len(ends) > 1:  # served, and who comes last wins
+            cause = f"'{name}' is an input of the ensemble and comes from {steps[0]}, too"
+            yield finding("TK156", model.place(name), cause, "give one of them another name", severity="warning")
         if name in graph.consumers or name in graph.unknown:
             continue
         if ends[0].step is None:

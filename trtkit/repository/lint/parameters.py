@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from pathlib import Path
 
+from trtkit import releases
+from trtkit.contract_tensors import in_range
 from trtkit.findings import Finding, Severity
+from trtkit.repository.layouts.backend_parameters import PARAMETERS, problem
 from trtkit.repository.lint.repository import Model
 from trtkit.repository.lint.rules import finding
-
-_CHOICES = {
-    "gpt_model_type": ("V1", "inflight_batching", "inflight_fused_batching", "v1"),
-    "batch_scheduler_policy": ("guaranteed_no_evict", "max_utilization", "static_batch"),
-    "guided_decoding_backend": ("xgrammar",),
-    "decoding_mode": (
-        "auto", "beam_search", "eagle", "explicit_draft_tokens", "external_draft_tokens", "lookahead", "medusa",
-        "redrafter", "top_k", "top_k_top_p", "top_p",
-    ),
-}  # fmt: skip
-"""Values that the C++ backend takes (tensorrtllm_backend, docs/model_config.md and the backend's config parser)."""
-_FRACTIONS = ("kv_cache_free_gpu_mem_fraction", "cross_kv_cache_fraction", "lora_cache_gpu_memory_fraction")
-_COUNTS = (
-    "max_beam_width", "max_tokens_in_paged_kv_cache", "max_attention_window_size", "cancellation_check_period_ms",
-    "stats_check_period_ms", "lora_cache_optimal_adapter_size", "lora_cache_max_adapter_size", "num_nodes",
-)  # fmt: skip
 
 
 def lint_parameters(model: Model) -> Iterator[Finding]:
@@ -96,21 +84,16 @@ def _folder(model: Model, key: str, value: str) -> Iterator[Finding]:
 
 
 def _backend_values(model: Model) -> Iterator[Finding]:
-    values = model.parameters
-    for key, valid in _CHOICES.items():
-        if key in values and values[key] not in valid:
-            yield finding("TK134", model.place(values[key]), f"{key} is '{values[key]}'", f"use {', '.join(valid)}")
-    for key in _FRACTIONS:
-        if key in values and not _is_between(values[key], 0, 1):
-            yield finding("TK134", model.place(key), f"{key} is '{values[key]}'", "use a number between 0 and 1")
-    for key in _COUNTS:
-        # Attention windows may be a list, one for each layer.
-        if key in values and not all(part.strip().isdecimal() and int(part) > 0 for part in values[key].split(",")):
-            yield finding("TK134", model.place(key), f"{key} is '{values[key]}'", "use an integer of 1 or more")
-
-
-def _is_between(text: str, low: float, high: float) -> bool:
-    try:
-        return low < float(text) < high
-    except ValueError:
-        return False
+    """Of all versions of the backend, or of that in the release. It goes on with a default where it cannot read one."""
+    version = next((item.tensorrt_llm for item in releases.load() if item.tag == model.server.release), None)
+    for key, value in model.parameters.items():
+        parameter = PARAMETERS.get(key)
+        if parameter is None:
+            near = difflib.get_close_matches(key, PARAMETERS, n=1)
+            fix = f"did you mean '{near[0]}'?" if near else "remove it"
+            yield finding("TK140", model.place(key), f"the backend has no parameter '{key}' and ignores it", fix)
+        elif (wrong := problem(key, value)) is not None:
+            yield finding("TK134", model.place(value), f"{key} is '{value}'", f"it {wrong}")
+        elif version and not in_range(version, parameter.since, parameter.until):
+            cause = f"TensorRT-LLM {version} of the release has no parameter '{key}' and ignores it"
+            yield finding("TK140", model.place(key), cause, "remove it, or use another release")

@@ -59,6 +59,7 @@ RULES: dict[str, Rule] = {
     "TK137": Rule("error", "a path that a python model reads is not ASCII, which the server's Python cannot open"),
     "TK138": Rule("error", "checkpoint_dir is missing from a folder that is on this machine (else TK131)"),
     "TK139": Rule("error", "a parameter that the server or the python backend reads has a value that it refuses"),
+    "TK140": Rule("warning", "a parameter that the tensorrtllm backend does not know"),
     # ensembles
     "TK141": Rule("error", "a step names a model that the repository lacks"),
     "TK142": Rule("error", "a step maps a tensor that its model lacks"),

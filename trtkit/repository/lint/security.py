@@ -45,22 +45,27 @@ _UNTRUST = "remove it: with it, code in the model's or tokenizer's folder is exe
 
 def _files(model: Model, version: int) -> Iterator[Finding]:
     folder = model.path / str(version)
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        suffix = Path(entry.name).suffix
-        if suffix not in (*_CODE, ".yaml", ".json") or not entry.is_file():
-            continue
-        place = f"{model.name}/{version}/{entry.name}"
-        if suffix in _CODE and entry.stat().st_mode & stat.S_IWOTH:
-            cause = "every user of this machine can change the file, and the server runs it"
-            yield finding("TK183", place, cause, f"chmod o-w {place}")
-        if suffix == ".py":
-            for line in parse(Path(entry.path).read_bytes()).trusts:
-                yield finding("TK181", f"{place}:{line}", f"{TRUST}=True", _UNTRUST)
-        elif entry.name in {"model.yaml", "model.json"}:
-            yield from _settings(Path(entry.path), place)
+    for where, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            suffix = Path(name).suffix
+            if suffix in _CODE or name in {"model.yaml", "model.json"}:
+                file = Path(where) / name
+                yield from _file(file, f"{model.name}/{file.relative_to(model.path).as_posix()}", suffix)
     if folder.stat().st_mode & stat.S_IWOTH:
         cause = "every user of this machine can put files into the folder, and the server runs what is there"
         yield finding("TK183", f"{model.name}/{version}", cause, f"chmod o-w {model.name}/{version}")
+
+
+def _file(file: Path, place: str, suffix: str) -> Iterator[Finding]:
+    if suffix in _CODE and file.stat().st_mode & stat.S_IWOTH:
+        cause = "every user of this machine can change the file, and the server runs it"
+        yield finding("TK183", place, cause, f"chmod o-w {place}")
+    if suffix == ".py":
+        for line in parse(file.read_bytes()).trusts:
+            yield finding("TK181", f"{place}:{line}", f"{TRUST}=True", _UNTRUST)
+    elif suffix in {".yaml", ".json"}:
+        yield from _settings(file, place)
 
 
 def _settings(file: Path, place: str) -> Iterator[Finding]:

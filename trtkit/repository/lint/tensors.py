@@ -98,7 +98,10 @@ def _warmup(model: Model, number: int, warmup: Any) -> Iterator[Finding]:
     if not warmup.inputs:
         yield finding("TK173", place, f"{name} has no inputs", "add them, or remove the warmup")
     controls = {tensor.name for tensor in model.config.sequence_batching.control_input}
-    for unknown in sorted(set(warmup.inputs) - set(inputs) - controls):
+    if "" in warmup.inputs:
+        fix = "write the name of an input"
+        yield finding("TK173", place, f"{name} has an input without a name, and the server would hang on it", fix)
+    for unknown in sorted(set(warmup.inputs) - set(inputs) - controls - {""}):
         yield finding("TK124", model.place(unknown), f"{name} has unknown input '{unknown}'", "remove it")
     for tensor in model.config.input:
         if warmup.inputs and not tensor.optional and tensor.name not in warmup.inputs:

@@ -50,7 +50,7 @@ def lint_tokenizer(model: Model) -> Iterator[Finding]:
             cause = f"not a tokenizer: {found.problem}"
             yield finding("TK135", place, cause, "copy the source's tokenizer.json there again")
             continue
-        if (folder.parent / "detokenizer.py").is_file() and not found.is_exact:
+        if (folder.parent / "serving" / "keyed.py").is_file() and not found.is_exact:
             cause = "its decoder looks at neighbouring tokens, and a streamed piece does not have them"
             yield finding("TK136", place, cause, "serve without streaming, or compare streamed with whole answers")
         yield from _ids(model, folder, place, found)
@@ -61,7 +61,7 @@ def lint_tokenizer(model: Model) -> Iterator[Finding]:
 def _read(data: bytes) -> Tokenizer:
     from tokenizers import Tokenizer as Loaded
 
-    from trtkit.repository.models.postprocessing.detokenizer import TokenBytes
+    from trtkit.repository.models.serving.text import is_exact
 
     try:
         tokenizer = Loaded.from_buffer(data)
@@ -69,7 +69,7 @@ def _read(data: bytes) -> Tokenizer:
         return Tokenizer(problem=" ".join(str(error).split()))
     ids = tokenizer.get_vocab(with_added_tokens=True).values()
     starts = tuple(tokenizer.encode("").tokens)
-    return Tokenizer(is_exact=TokenBytes(tokenizer).exact, highest=max(ids, default=-1), starts=starts)
+    return Tokenizer(is_exact=is_exact(json.loads(tokenizer.to_str())), highest=max(ids, default=-1), starts=starts)
 
 
 def highest_ids(repository: Path) -> Iterator[tuple[str, int]]:
@@ -98,14 +98,16 @@ def _ids(model: Model, folder: Path, place: str, found: Tokenizer) -> Iterator[F
 
 def _chat(model: Model, folder: Path, place: str, found: Tokenizer) -> Iterator[Finding]:
     """Whether chat messages have a template, and whether it writes what the tokenizer adds by itself."""
-    takes_messages = any(tensor.name == "messages" for tensor in model.config.input)
+    messages = next((tensor for tensor in model.config.input if tensor.name == "messages"), None)
     template = _chat_template(folder)
-    if takes_messages and template is None:
+    if messages is not None and template is None:
         fix = "copy chat_template.jinja or tokenizer_config.json of an instruction-tuned source there"
         cause = "the model takes `messages`, and the tokenizer has no chat template"
-        yield finding("TK213", place.replace("tokenizer.json", "tokenizer_config.json"), cause, fix)
+        config = place.replace("tokenizer.json", "tokenizer_config.json")
+        # A base model has none, and is asked for completions only.
+        yield finding("TK213", config, cause, fix, severity="info" if messages.optional else None)
     adds = model.parameters.get("add_special_tokens", "").lower() in ("true", "1")
-    if template and adds and not takes_messages and _writes(template, folder, found.starts):
+    if template and adds and messages is None and _writes(template, folder, found.starts):
         cause = f"the chat template writes {found.starts[0]}, and add_special_tokens adds it once more"
         fix = "set add_special_tokens to false when prompts come from the chat template"
         yield finding("TK214", model.place("add_special_tokens"), cause, fix)

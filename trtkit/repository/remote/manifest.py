@@ -105,11 +105,7 @@ def check_known(wanted: Sequence[str], found: Collection[str], where: object) ->
 
 
 def sha256_of(path: Path) -> str:
-    return digest_of(path, "sha256")
-
-
-def digest_of(path: Path, kind: str) -> str:
-    digest = hashlib.new(kind, usedforsecurity=False)
+    digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):
             digest.update(block)

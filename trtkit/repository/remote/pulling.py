@@ -51,7 +51,7 @@ def pull(
     if not dry_run:
         with counted(on_progress, sum(manifest.size for manifest in todo)) as count:
             if here:
-                _pull_into(objects, listed, repository, todo, {name: configs[name] for name in changed}, count)
+                _pull_into(objects, listed, repository, _steps_first(todo, configs), configs, changed, count)
             else:
                 _pull_whole(objects, listed, repository, todo, configs, count)
     return Transfer(objects.location.url, str(repository), moved, tuple(changed), done=not dry_run)
@@ -139,25 +139,47 @@ def _pull_into(
     repository: Path,
     manifests: list[Manifest],
     configs: dict[str, str],
+    changed: list[str],
     count: Callable[[int], None],
 ) -> None:
+    """What is missing, each by one rename: files beside the versions, versions, new models, and then the configs."""
     root = repository.resolve()
-    for manifest in manifests:
-        directory = root / manifest.model
-        with swap.staging_beside(root) as staging:
-            staged = staging / str(manifest.version)
-            _fetch(objects, listed, manifest, staged, count)
-            if directory.is_dir():
-                with swap.noticed(directory):
-                    swap.publish(staged, directory / str(manifest.version))
-            else:  # a new model comes with its config: without one a server complains
-                whole = staging / manifest.model
-                whole.mkdir()
-                staged.rename(whole / str(manifest.version))
-                (whole / "config.pbtxt").write_text(configs[manifest.model], encoding="utf-8")
-                swap.publish(whole, directory)
-    for name, text in configs.items():
-        swap.write_config(root, root / name, text)
+    with swap.locked(root):
+        known = [name for name in _others(listed, configs) if (root / name).parent.is_dir()]
+        for name in [name for name in known if not (root / name).exists()]:
+            with swap.staging_beside(root) as staging:
+                objects.download(listed[name], staging / "file", lambda done: None)
+                (staging / "file").replace(root / name)
+        for manifest in manifests:
+            with swap.staging_beside(root) as staging:
+                staged = staging / manifest.model / str(manifest.version)
+                _fetch(objects, listed, manifest, staged, count)
+                directory = root / manifest.model
+                if directory.is_dir():
+                    with swap.noticed(directory):
+                        swap.publish(staged, directory / str(manifest.version))
+                else:
+                    _complete_model(objects, listed, staged.parent, configs[manifest.model])
+                    swap.publish(staged.parent, directory)
+        for name in changed:
+            if _differs(root / name, name, configs[name]):
+                swap.write_config(root, root / name, configs[name])
+
+
+def _complete_model(objects: Objects, listed: dict[str, RemoteObject], folder: Path, config: str) -> None:
+    """Adds to a new model what belongs to no version. Without its config a server would complain."""
+    (folder / "config.pbtxt").write_text(config, encoding="utf-8")
+    for name in _others(listed, {folder.name: config}):
+        if name != MARKER:
+            target = folder.parent / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            objects.download(listed[name], target, lambda done: None)
+
+
+def _steps_first(manifests: list[Manifest], configs: dict[str, str]) -> list[Manifest]:
+    """Ensembles last: a server that polls looks for their steps at once."""
+    ensembles = {name for name, text in configs.items() if pbtxt.loads(text, name).platform == "ensemble"}
+    return sorted(manifests, key=lambda manifest: (manifest.model in ensembles, manifest.model, manifest.version))
 
 
 def _others(listed: dict[str, RemoteObject], models: dict[str, str]) -> Iterator[str]:

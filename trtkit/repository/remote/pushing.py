@@ -8,7 +8,7 @@ from pathlib import Path
 from trtkit import bytecode, pbtxt
 from trtkit.errors import InputError
 from trtkit.remote import parse
-from trtkit.remote.objects import Objects
+from trtkit.remote.objects import Objects, has_content
 from trtkit.remote.stores import RemoteObject
 from trtkit.repository.remote.manifest import (
     EMPTY,
@@ -16,7 +16,6 @@ from trtkit.repository.remote.manifest import (
     NAME,
     Manifest,
     check_known,
-    digest_of,
     manifest_of,
     sha256_of,
 )
@@ -63,8 +62,8 @@ def push(
     with counted(on_progress, sum(manifest.size for manifest in todo)) as count:
         for manifest in todo:
             _push_version(objects, repository, manifest, listed, count)
-    written = [name for name in chosen if _push_config(objects, repository / name, name)]
     _push_others(objects, repository, chosen, listed)
+    written = [name for name in chosen if _push_config(objects, repository / name, name)]
     return Transfer(objects.location.url, str(repository), moved, tuple(written), done=True)
 
 
@@ -132,7 +131,8 @@ def _push_version(
     def upload(name: str) -> None:
         remote = f"{manifest.model}/{manifest.version}/{name}"
         size, digest = manifest.files[name]
-        if not _has_content(listed.get(remote), folder / name, size):
+        # Only a pusher of the same content may write there, so this is a second line of defence.
+        if remote not in listed or not has_content(listed[remote], folder / name):
             if name == EMPTY and not (folder / name).exists():
                 objects.upload(b"", remote)
             else:
@@ -144,18 +144,6 @@ def _push_version(
     in_parallel(upload, list(manifest.files))
     if not objects.put(manifest.name("version"), manifest.dumps(), expected=None):
         _check_equal(objects, manifest, "version")
-
-
-def _has_content(item: RemoteObject | None, file: Path, size: int) -> bool:
-    """Whether an object of an interrupted push is this file: by size, and by MD5 where the listing tells one.
-
-    Only a pusher of the same content may write there, so this is a second line of defence.
-    """
-    if item is None or item.size != size or not file.is_file():
-        return False
-    if item.checksum is None or item.checksum[0] != "md5":
-        return True
-    return digest_of(file, "md5") == item.checksum[1].hex()
 
 
 def _push_config(objects: Objects, directory: Path, model: str) -> bool:
@@ -206,5 +194,5 @@ def _push_others(objects: Objects, repository: Path, models: list[str], listed: 
                 paths.append(path)
     for path in paths:
         name = path.relative_to(repository).as_posix()
-        if not _has_content(listed.get(name), path, path.stat().st_size):
+        if name not in listed or not has_content(listed[name], path):
             objects.upload(path, name)

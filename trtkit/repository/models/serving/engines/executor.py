@@ -63,10 +63,10 @@ class Engine:
 
     def check(self, job: Job) -> None:
         asked = job.sampling
-        if (asked.guide_type is None) != (asked.guide is None and asked.guide_type != "json"):
-            raise RequestError("guided_decoding_guide: send it together with guided_decoding_guide_type")
         if asked.guide_type is not None and asked.guide_type not in _GUIDES:
             raise RequestError(f"guided_decoding_guide_type: '{asked.guide_type}' is none of {', '.join(_GUIDES)}")
+        if (asked.guide is None) != (asked.guide_type in (None, "json")):
+            raise RequestError("guided_decoding_guide: send it with a guided_decoding_guide_type that needs it")
         if asked.guide_type is not None and not self._guides:
             raise RequestError("the engine runs without guided_decoding_backend", "UNSUPPORTED")
         if asked.lora_task_id is not None and not self._lora:
@@ -105,13 +105,11 @@ class Engine:
         wait = timedelta(seconds=0 if steps else timeout_s)
         responses = self._executor.await_responses(timeout=wait)
         with self._wake:
-            for response in responses:
-                self._take(response)
-            for run in {response.request_id: self._running.get(response.request_id) for response in responses}.values():
-                if run is not None:
-                    steps.append(run.step())
-            for key in [key for key, number in self._ids.items() if self._over(number)]:
-                del self._running[self._ids.pop(key)]
+            touched = {run for response in responses if (run := self._take(response)) is not None}
+            for run in touched:
+                steps.append(run.step())
+                if run.over:
+                    del self._running[self._ids.pop(run.job.key)]
         return steps
 
     def close(self) -> None:
@@ -122,19 +120,14 @@ class Engine:
         self._executor.shutdown()
         self._executor = None
 
-    # Under the lock.
-
-    def _take(self, response: Any) -> None:
-        number = response.request_id
-        run = self._running.get(number)
+    def _take(self, response: Any) -> _Run | None:
+        """Hands a response to its sequence, if anybody wants it."""
+        run = self._running.get(response.request_id)
         if run is not None:
             run.take(self._trtllm, response)
         elif response.has_error() or response.result.is_final:
-            self._running.pop(number, None)  # a cancelled one is over
-
-    def _over(self, number: int) -> bool:
-        run = self._running.get(number)
-        return run is not None and run.told
+            self._running.pop(response.request_id, None)  # a cancelled one is over
+        return run
 
 
 class _Run:
@@ -142,7 +135,7 @@ class _Run:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.told = False  # its end
+        self.over = False
         self._tokens: list[int] = []
         self._log_probs: list[float] = []
         self._count = 0
@@ -175,7 +168,7 @@ class _Run:
         """All that has come since the last one."""
         tokens, self._tokens = self._tokens, []
         log_probs, self._log_probs = self._log_probs, []
-        self.told = bool(self._end.finish or self._end.error)
+        self.over = bool(self._end.finish or self._end.error)
         return self._end._replace(tokens=tokens, log_probs=log_probs)
 
 

@@ -22,6 +22,7 @@ import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
 from ..engine import Code, Job, RequestError, Step
+from ..mailbox import Mailbox
 
 Array = npt.NDArray[Any]
 
@@ -41,7 +42,6 @@ class _Run:
         self.name = name  # the request's id
         self.tokens = 0
         self.sent = False
-        self.wanted = True  # nobody has cancelled it, and it has told no end
         self.over = False  # nothing more will come from the model
 
 
@@ -62,15 +62,13 @@ class Engine:
         self.max_seq_len: int | None = int(longest) if longest else None
         self._id = uuid.uuid4().hex
         self._slots = slots
-        self._threads: list[threading.Thread] = []
+        self._mail = Mailbox()
         self._todo: queue.SimpleQueue[_Run | None] = queue.SimpleQueue()
         self._stops: queue.SimpleQueue[_Run | None] = queue.SimpleQueue()
         self._entrance = threading.Semaphore(ENTRANCES)
-        self._news = threading.Condition()
-        # Under the condition's lock.
-        self._runs: dict[int, _Run] = {}
-        self._steps: list[Step] = []
-        self._woken = False
+        self._lock = threading.Lock()
+        self._runs: dict[int, _Run] = {}  # under the lock, as the threads
+        self._threads: list[threading.Thread] = []
         self._stopper = threading.Thread(target=self._send_stops, name="stops", daemon=True)
         self._stopper.start()
 
@@ -80,7 +78,8 @@ class Engine:
 
     def submit(self, job: Job) -> None:
         run = _Run(job, f"{self._id}-{job.key}")
-        with self._news:
+        self._mail.open(job.key)
+        with self._lock:
             self._runs[job.key] = run
             if len(self._threads) < min(self._slots, len(self._runs)):
                 thread = threading.Thread(target=self._work, name=f"bls-{len(self._threads)}", daemon=True)
@@ -89,25 +88,17 @@ class Engine:
         self._todo.put(run)
 
     def cancel(self, key: int) -> None:
-        with self._news:
+        self._mail.close(key)
+        with self._lock:
             run = self._runs.get(key)
-            if run is not None:
-                run.wanted = False
-                self._steps = [step for step in self._steps if step.key != key]
-            self._woken = True
-            self._news.notify()
         if run is not None:
             self._stops.put(run)
 
     def step(self, timeout_s: float) -> list[Step]:
-        with self._news:
-            if not (self._steps or self._woken):
-                self._news.wait(timeout_s)
-            steps, self._steps, self._woken = self._steps, [], False
-        return _merged(steps)
+        return self._mail.take(timeout_s)
 
     def close(self) -> None:
-        with self._news:
+        with self._lock:
             keys, threads = list(self._runs), list(self._threads)
         for key in keys:
             self.cancel(key)
@@ -124,11 +115,11 @@ class Engine:
     def _work(self) -> None:
         while (run := self._todo.get()) is not None:
             try:
-                if run.wanted:
+                if self._mail.is_open(run.job.key):
                     self._follow(run)
             except Exception as error:
-                self._tell(run, Step(run.job.key, error=f"{self._model}: {error}"))
-            with self._news:
+                self._mail.put(Step(run.job.key, error=f"{self._model}: {error}"))
+            with self._lock:
                 run.over = True
                 self._runs.pop(run.job.key, None)
 
@@ -143,18 +134,11 @@ class Engine:
         for response in responses:
             if response.has_error():
                 code = _CODES.get(response.error().code(), "INTERNAL")
-                self._tell(run, Step(job.key, error=f"{self._model}: {response.error().message()}", code=code))
-            elif run.wanted and response.output_tensors():
-                self._tell(run, _read(run, response))
+                self._mail.put(Step(job.key, error=f"{self._model}: {response.error().message()}", code=code))
+            elif self._mail.is_open(job.key) and response.output_tensors():
+                self._mail.put(_read(run, response))
         # A model does not say why it ended; all that is left is an end id that it kept to itself.
-        self._tell(run, Step(job.key, finish="stop"))
-
-    def _tell(self, run: _Run, step: Step) -> None:
-        with self._news:
-            if run.wanted and (step.tokens or step.finish or step.error):
-                self._steps.append(step)
-                run.wanted = not (step.finish or step.error)
-                self._news.notify()
+        self._mail.put(Step(job.key, finish="stop"))
 
     def _request(self, name: str, inputs: dict[str, Array], outputs: list[str]) -> Any:
         return pb_utils.InferenceRequest(
@@ -263,15 +247,3 @@ def _read(run: _Run, response: Any) -> Step:
     run.tokens += len(tokens)
     finish = "stop" if ended is not None else "length" if run.tokens >= run.job.max_tokens else ""
     return Step(run.job.key, tokens, finish, log_probs=log_probs)
-
-
-def _merged(steps: list[Step]) -> list[Step]:
-    """One step per sequence, of all that has come."""
-    found: dict[int, Step] = {}
-    for step in steps:
-        before = found.get(step.key)
-        found[step.key] = step if before is None else Step(
-            step.key, [*before.tokens, *step.tokens], step.finish, step.error, step.code,
-            [*before.log_probs, *step.log_probs],
-        )  # fmt: skip
-    return list(found.values())
