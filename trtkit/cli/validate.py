@@ -12,18 +12,19 @@ from trtkit.cli._common import json_option, note, print_findings, print_json, pr
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from trtkit.client.served import Served
     from trtkit.config import BuildConfig
     from trtkit.validate.results import CheckResult, Subject
 
-_names = click.Choice(["contract", "parity", "text", "streaming", "cancellation", "bad_requests"])
+_names = click.Choice(["contract", "parity", "text", "streaming", "chat", "cancellation", "bad_requests"])
 
 
 @click.command("validate")
 @click.argument("config_file", metavar="[CONFIG]", required=False, type=click.Path(path_type=Path))
 @click.option("--url", "urls", multiple=True, help="grpc://HOST:PORT or http://HOST:PORT; give both to check both.")
 @click.option("--protocol", type=click.Choice(["grpc", "http"]), help="For a --url that is only HOST:PORT.")
-@click.option("--model", default="ensemble", show_default=True, help="Model that takes and returns text.")
-@click.option("--engine", default="tensorrt_llm", show_default=True, help="Model that takes and returns tokens.")
+@click.option("--model", help="Model that takes and returns text.  [default: of CONFIG's topology, or what is served]")
+@click.option("--engine", help="Model that takes and returns tokens.  [default: tensorrt_llm, where it is served]")
 @click.option(
     "--source",
     type=click.Path(path_type=Path, file_okay=False, exists=True),
@@ -46,15 +47,17 @@ def command(
     """Check a served model against its contract and its source.
 
     With CONFIG, the running deployment of that name is checked; --url checks any server. A check that cannot run is
-    skipped, and is an error when --only asks for it.
+    skipped, and is an error when --only asks for it. The model `llm` (topology fused) drives its engine itself, so what
+    would need the engine's tokens is seen from its text.
 
     \b
     Checks:
       contract      models, tensors, dtypes and shapes are what clients count on; streaming is as configured
       parity        greedy tokens equal those of the source, by transformers in float32 (needs the `torch` extra)
-      text          answers equal the source tokenizer's decoding of those tokens
+      text          answers equal the source tokenizer's decoding of those tokens, and tokens are counted right
       streaming     streamed answers equal whole ones, over gRPC and HTTP
-      cancellation  the engine model stops working when its client goes away
+      chat          chat messages are read as transformers' chat template says (needs the `torch` extra)
+      cancellation  the engine stops working when its client goes away
       bad_requests  nonsense is refused soon, and the server lives on
 
     \b
@@ -65,6 +68,7 @@ def command(
     """
     import asyncio
 
+    from trtkit.client.served import find
     from trtkit.config_file import load_config
     from trtkit.errors import InputError
     from trtkit.validate.run import choose, run_checks
@@ -74,8 +78,10 @@ def command(
     names = choose(only, skip)
     config = load_config(config_file) if config_file else None
     protocol = options.pop("protocol")
-    subject = _subject(config, names, **options)
     reached = list(urls) or _deployed(config.name if config else "")
+    topology = config.serving.layout if config else None
+    served = asyncio.run(find(reached[0], topology, model=options.pop("model"), protocol=protocol))
+    subject = _subject(config, names, served, **options)
     checks = run_checks(reached, subject, protocol=protocol, only=only, skip=skip, on_progress=_tell)
     results = asyncio.run(checks)
     not_run = [result for result in results if result.outcome == "skipped" and result.name in only]
@@ -106,13 +112,15 @@ def _judge(results: Sequence[CheckResult], not_run: Sequence[CheckResult]) -> No
 def _subject(
     config: BuildConfig | None,
     names: Sequence[str],
+    served: Served,
     *,
+    engine: str | None,
     source: Path | None,
     prompts: Sequence[str],
     max_tokens: int | None,
     **options: Any,
 ) -> Subject:
-    """What is to be checked; `names` are the checks, of which some need the source."""
+    """What is to be checked; `names` are the checks, of which some need the source, and `served` the usual models."""
     from dataclasses import replace
 
     from trtkit.hf import open_source
@@ -120,8 +128,9 @@ def _subject(
     from trtkit.validate.run import checkpoint_dtype, subject_of
     from trtkit.validate.source import position_limit
 
+    options |= {"model": served.text, "engine": engine or served.engine}
     if config is not None:
-        if source is None and {"parity", "text"} & set(names):
+        if source is None and {"parity", "text", "chat"} & set(names):
             # A hub id too: the build has left it in the local cache.
             source = open_source(config.model.source, revision=config.model.revision).path
         subject = subject_of(config, source=source, **options)

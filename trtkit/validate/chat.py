@@ -102,16 +102,14 @@ async def _judge(subject: Subject, client: LLMClient, model: str, chat: _Rendere
         if chat.prompt is None:
             return []
         return [Finding("TK751", "error", place, f"refused: {error.message}", SERVE_IT)]
+    cause = ""
     if chat.prompt is None:
         cause = "answered, although the source's template does not take such a chat"
-        return [Finding("TK751", "error", place, cause, SERVE_IT)]
-    if answer.prompt_tokens is not None and answer.prompt_tokens != chat.tokens:
+    elif answer.prompt_tokens not in (None, chat.tokens):
         cause = f"the prompt is {answer.prompt_tokens} tokens long, that of the source's template {chat.tokens}"
-        return [Finding("TK752", "error", place, cause, SERVE_IT)]
-    if chat.text is None:
-        return []  # the count is all that can be compared
-    other = await client.generate(subject.request(chat.text), model=model, timeout_s=subject.timeout_s)
-    if answer.text != other.text:
-        cause = f"the answer is {short(answer.text, 60)}, to the rendered prompt it is {short(other.text, 60)}"
-        return [Finding("TK751", "error", place, cause, SERVE_IT)]
-    return []
+    elif chat.text is not None:  # else the count is all that can be compared
+        other = await client.generate(subject.request(chat.text), model=model, timeout_s=subject.timeout_s)
+        # Where a tokenizer's words begin with a space, a continuation has one that an answer to a chat has not.
+        if answer.text not in (other.text, other.text.removeprefix(" ")):
+            cause = f"the answer is {short(answer.text, 60)}, to the rendered prompt it is {short(other.text, 60)}"
+    return [Finding("TK751", "error", place, cause, SERVE_IT)] if cause else []

@@ -86,7 +86,7 @@ async def check(subject: Subject, clients: Sequence[LLMClient]) -> CheckResult:
     for name in dict.fromkeys([*steps, *main]):
         configs[name] = await _config(subject, client, name, states, findings)
     tensors = 0
-    for name, config in configs.items():
+    for config in configs.values():
         if config is not None and (contract := _contract_of(config, subject)):
             findings += _compare(config, contract)
             tensors += len(contract.inputs) + len(contract.outputs)
@@ -106,16 +106,17 @@ def takes_messages(config: dict[str, Any]) -> bool:
 async def chat_model(subject: Subject, client: LLMClient) -> str | None:
     """The model like `llm`: the one that is checked, or the one beside an ensemble; None where the server has none."""
     states = await client.models(timeout_s=subject.lookup_s)
-    if subject.model in states:
-        if takes_messages(await client.model_config(subject.model, timeout_s=subject.lookup_s)):
-            return subject.model
+    if subject.model in states and takes_messages(await client.model_config(subject.model, timeout_s=subject.lookup_s)):
+        return subject.model
     return LLM_MODEL if LLM_MODEL in states else None
 
 
 def _contract_of(config: dict[str, Any], subject: Subject) -> _Contract | None:
     if takes_messages(config):
         return LLM
-    return {subject.model: TEXT, subject.engine: ENGINE, **STEPS}.get(config["name"])
+    if config["name"] == subject.model:
+        return TEXT
+    return ENGINE if config["name"] == subject.engine else STEPS.get(config["name"])
 
 
 async def _config(

@@ -1,4 +1,4 @@
-"""Does the served model say what its source says, token by token, and is its text the text of those tokens?
+"""Does the served model say what its source says, token by token?
 
 Two computations of one model differ by rounding, and greedy decoding turns the smallest difference into another token
 where two tokens are equally likely. So a first difference is judged by the source's logits: if the served token is
@@ -19,7 +19,6 @@ from trtkit.validate.results import CheckResult, Subject, plural, result, short,
 from trtkit.validate.source import GreedyAnswer, Source
 
 TOKENS = "parity"
-TEXT = "text"
 
 ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 """Unit roundoff of a dtype: the largest relative error of rounding one number to it (IEEE 754; bfloat16 has 8 bits)."""
@@ -96,25 +95,30 @@ async def check_tokens(subject: Subject, clients: Sequence[LLMClient]) -> CheckR
     """Compares the engine model's tokens with the source's greedy tokens, prompt by prompt."""
     if subject.source is None:
         return skipped(TOKENS, "no source to compare with: give --source DIR")
-    source = await asyncio.to_thread(_open, subject.source, subject)
+    if subject.engine is None:
+        return skipped(
+            TOKENS, f"model '{subject.model}' drives its engine itself and takes no tokens; its text is compared"
+        )
+    source = await asyncio.to_thread(open_source, subject.source, subject)
     dtype = subject.dtype or "float16"
     comparisons = []
     for prompt in subject.prompts:
         ids = source.encode(prompt, add_special_tokens=subject.add_special_tokens)
-        served = await _served_tokens(subject, clients[0], source, ids)
+        served = await served_tokens(subject, clients[0], subject.engine, source, ids)
         answer = await asyncio.to_thread(source.greedy, ids, subject.max_tokens)
         comparisons.append(compare(prompt, answer, served, source.eos_ids, dtype))
     return _tokens_result(comparisons, dtype, source)
 
 
-def _open(folder: Path, subject: Subject) -> Source:
+def open_source(folder: Path, subject: Subject) -> Source:
     return Source(folder, trust_remote_code=subject.trust_remote_code)
 
 
-async def _served_tokens(subject: Subject, client: LLMClient, source: Source, ids: list[int]) -> list[int]:
+async def served_tokens(subject: Subject, client: LLMClient, engine: str, source: Source, ids: list[int]) -> list[int]:
+    """The engine model's greedy tokens; behind an end-of-sequence token they may go on."""
     end_id = min(source.eos_ids, default=None) if len(source.eos_ids) == 1 else -1
     return await client.generate_tokens(
-        ids, subject.max_tokens, end_id=end_id, model=subject.engine, timeout_s=subject.timeout_s
+        ids, subject.max_tokens, end_id=end_id, model=engine, timeout_s=subject.timeout_s
     )
 
 
@@ -147,43 +151,3 @@ def _finding(item: Comparison, dtype: str, source: Source) -> Finding:
     if item.near_tie:
         return Finding("TK711", "info", short(item.prompt), f"near tie: {cause}", "nothing: rounding decides here")
     return Finding("TK711", "error", short(item.prompt), cause, DIFFERENT)
-
-
-async def check_text(subject: Subject, clients: Sequence[LLMClient]) -> CheckResult:
-    """Compares the text model's answers with the source tokenizer's decoding of the engine model's tokens."""
-    if subject.source is None:
-        return skipped(TEXT, "no source to take a tokenizer from: give --source DIR")
-    source = await asyncio.to_thread(_open, subject.source, subject)
-    findings, equal = [], 0
-    for prompt in subject.prompts:
-        ids = source.encode(prompt, add_special_tokens=subject.add_special_tokens)
-        tokens = await _served_tokens(subject, clients[0], source, ids)
-        wanted = source.continuation(ids, _until_end(tokens, source.eos_ids))
-        for client in clients:
-            text = (await client.generate(subject.request(prompt), timeout_s=subject.timeout_s)).text
-            # An answer may end inside a character; what to make of its first bytes is a matter of taste.
-            if text.rstrip("\ufffd") == wanted.rstrip("\ufffd"):
-                equal += 1
-            else:
-                findings.append(_text_finding(client, prompt, text, wanted))
-    count = len(subject.prompts) * len(clients)
-    detail = f"{equal} of {plural(count, 'answer')} equal the decoding of the engine's tokens"
-    return result(TEXT, detail, findings, equal=equal, total=count)
-
-
-def _until_end(tokens: Sequence[int], eos_ids: frozenset[int]) -> list[int]:
-    end = next((position for position, token in enumerate(tokens) if token in eos_ids), len(tokens))
-    return list(tokens[:end])
-
-
-def _text_finding(client: LLMClient, prompt: str, text: str, wanted: str) -> Finding:
-    if text.endswith(wanted) and text.removesuffix(wanted).strip() == prompt.strip():
-        why, fix = "the answer repeats the prompt", "let the engine model honour exclude_input_in_output"
-    elif text.strip() == wanted.strip():
-        why, fix = "only spaces at the ends differ", "decode the first token as one that follows others"
-    elif text.startswith(wanted):
-        why, fix = "the answer runs on past its end", "stop at every id of generation_config's eos_token_id"
-    else:
-        why, fix = "the texts differ", "serve with the tokenizer and the add_special_tokens of the source"
-    place = f"{client.protocol} {short(prompt)}"
-    return Finding("TK715", "error", place, f"{why}: {short(text, 60)} instead of {short(wanted, 60)}", fix)

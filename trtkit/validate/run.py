@@ -13,7 +13,7 @@ from trtkit.client.served import BY_TOPOLOGY
 from trtkit.config import BuildConfig
 from trtkit.errors import InputError, LacksError, TrtkitError
 from trtkit.findings import Finding
-from trtkit.validate import bad_requests, cancellation, chat, contract, parity, streaming
+from trtkit.validate import bad_requests, cancellation, chat, contract, parity, streaming, text
 from trtkit.validate.results import CheckResult, Subject, result
 from trtkit.validate.source import position_limit, require_torch
 
@@ -22,7 +22,7 @@ Check = Callable[[Subject, Sequence[LLMClient]], Awaitable[CheckResult]]
 CHECKS: dict[str, Check] = {
     contract.NAME: contract.check,
     parity.TOKENS: parity.check_tokens,
-    parity.TEXT: parity.check_text,
+    text.NAME: text.check,
     streaming.NAME: streaming.check,
     chat.NAME: chat.check,
     cancellation.NAME: cancellation.check,
@@ -30,7 +30,7 @@ CHECKS: dict[str, Check] = {
 }
 """By name, in the order in which they run: what explains later failures first, what may break the server last."""
 
-_NEED_SOURCE = (parity.TOKENS, parity.TEXT, chat.NAME)
+_NEED_SOURCE = (parity.TOKENS, text.NAME, chat.NAME)
 
 
 def subject_of(

@@ -76,7 +76,6 @@ def _judge(answer: _Answer) -> Iterator[Finding]:
         fix = "set serving.streaming: true, generate the repository again; see whether a proxy buffers"
         yield Finding("TK722", "error", place, cause, fix)
 
-
     said = [ending for ending in answer.endings if ending is not None]
     if answer.told != Ending() and (said != [answer.told] or answer.endings[-1] is None):
         cause = f"of the whole answer is told {answer.told}, of the stream {said or 'nothing'}"

@@ -17,7 +17,7 @@ from standin_client import StandInClient
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from trtkit.errors import InputError
-from trtkit.validate import Subject, parity
+from trtkit.validate import Subject, parity, text
 from trtkit.validate.results import CheckResult
 from trtkit.validate.source import GreedyAnswer, Source, position_limit
 
@@ -183,7 +183,7 @@ async def test_a_server_that_says_what_its_source_says(subject: Subject, source_
     found = await parity.check_tokens(subject, [served])
     assert found.outcome == "passed" and found.findings == ()
     assert found.figures["agreed"] == found.figures["total"] == 24 and found.figures["agreement"] == 1.0
-    text = await parity.check_text(subject, [served, Served(source_folder, "http")])
+    texts = await text.check(subject, [served, Served(source_folder, "http")])
     assert text.outcome == "passed" and text.figures["equal"] == 6
 
 
@@ -235,20 +235,20 @@ async def test_a_near_tie_is_told_and_passes(subject: Subject, source_folder: Pa
 async def test_wrong_text_is_named(change: Any, words: str, subject: Subject, source_folder: Path) -> None:
     served = Served(source_folder)
     served.change = change
-    found = await parity.check_text(replace(subject, prompts=("quick",)), [served])
+    found = await text.check(replace(subject, prompts=("quick",)), [served])
     assert [words in finding.cause for finding in found.findings] == [True], found
 
 
 async def test_a_character_that_the_end_cuts_may_be_left_out_or_replaced(subject: Subject, source_folder: Path) -> None:
     served = Served(source_folder)
     served.change = lambda text: text.rstrip("\ufffd") + "\ufffd"
-    assert (await parity.check_text(subject, [served])).passed
+    assert (await text.check(subject, [served])).passed
 
 
 async def test_without_a_source_there_is_nothing_to_compare(client: StandInClient) -> None:
     results: list[CheckResult] = [
         await parity.check_tokens(Subject(), [client]),
-        await parity.check_text(Subject(), [client]),
+        await text.check(Subject(), [client]),
     ]
     assert [found.outcome for found in results] == ["skipped", "skipped"]
 
