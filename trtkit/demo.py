@@ -19,6 +19,7 @@ from typing import Any
 from trtkit import hf
 from trtkit.checkpoint import open_checkpoint
 from trtkit.client.api import GenerateRequest, connect
+from trtkit.client.served import BY_TOPOLOGY
 from trtkit.config import BuildConfig
 from trtkit.config_file import load_config, ready_made_configs
 from trtkit.convert.conversion import convert
@@ -98,13 +99,16 @@ class DemoResult:
         }
 
 
-def run(folder: Path, *, keep: bool = False, listener: Listener | None = None) -> DemoResult:
+def run(
+    folder: Path, *, keep: bool = False, listener: Listener | None = None, config: BuildConfig | None = None
+) -> DemoResult:
     """Runs the demo.
 
     Args:
         folder: gets `checkpoint/`, `model_repository/`, `server.log`, `report.html` and `report.json`. An earlier
             demo's are replaced; a folder with anything else in it is refused.
         keep: leave the server running, as deployment `trtkit-demo`.
+        config: instead of the ready-made one of the tiny model; its source is a local folder, its runtime `reference`.
 
     Raises:
         CheckFailedError: checkpoint, repository, validation or load test has an error. The server is stopped then.
@@ -112,7 +116,7 @@ def run(folder: Path, *, keep: bool = False, listener: Listener | None = None) -
     """
     demo = _Demo(folder.absolute(), listener or Listener(), DemoResult())
     started = time.monotonic()
-    config = load_config(ready_made_configs()[CONFIG])
+    config = config or load_config(ready_made_configs()[CONFIG])
     with _claimed(demo.folder, keep):
         demo.run(config, keep)
     demo.result.seconds = time.monotonic() - started
@@ -144,7 +148,7 @@ class _Demo:
         self.convert(config)
         self.generate(config)
         with self.serve(config, keep) as deployment:
-            self.stream(deployment)
+            self.stream(config, deployment)
             self.validate(config, deployment)
             self.load(config, deployment)
             self.write_report()
@@ -214,16 +218,16 @@ class _Demo:
                 stack.close()
                 details.append("no process left")
 
-    def stream(self, deployment: Deployment) -> None:
+    def stream(self, config: BuildConfig, deployment: Deployment) -> None:
         with self.step("generate text, streamed") as details:
             self.listener.text(PROMPT)
-            chunks = asyncio.run(self._stream(deployment))
+            chunks = asyncio.run(self._stream(deployment, _model(config)))
             self.listener.text("\n")
             details.append(f"{chunks} pieces over gRPC")
 
-    async def _stream(self, deployment: Deployment) -> int:
+    async def _stream(self, deployment: Deployment, model: str) -> int:
         chunks = 0
-        async with connect(deployment.url("grpc")) as client:
+        async with connect(deployment.url("grpc"), model=model) as client:
             async for chunk in client.stream(GenerateRequest(PROMPT, max_tokens=48, repetition_penalty=1.15)):
                 self.listener.text(chunk.text)
                 chunks += bool(chunk.text)
@@ -245,6 +249,7 @@ class _Demo:
                     target,
                     scenario,
                     name=name,
+                    model=_model(config),
                     prompts=config.validation.prompts,
                     count_tokens=count_tokens,
                     on_progress=lambda progress: self.listener.detail(line(progress)),
@@ -274,6 +279,11 @@ class _Demo:
                 raise CheckFailedError(
                     f"load test '{load.scenario['name']}': {failed} requests failed", "see report.html"
                 )
+
+
+def _model(config: BuildConfig) -> str:
+    """The served model that takes text."""
+    return BY_TOPOLOGY[config.serving.layout or "ensemble"].text
 
 
 @contextlib.contextmanager

@@ -118,9 +118,9 @@ def test_random_changes(loader: Loader, tmp_path: Path) -> None:
             continue
         findings, status, said = judge(loader, case, f"m{seed}_", tmp_path / str(seed))
         refused += status != 200
-        # That a stream's pieces come in a wrong order is no matter of loading.
-        errors = has_errors([finding for finding in findings if finding.id != "TK153"])
-        if errors == (status == 200):
+        # What shows in answers only: a stream out of order, a tensor that is an input and comes from a step.
+        known = {"TK153", "TK156"} if status == 200 else set()
+        if has_errors([finding for finding in findings if finding.id not in known]) == (status == 200):
             surprises.append(f"seed {seed}: {findings}, server {status} {said[-400:]}")
     assert not surprises, "\n".join(surprises)
     assert 0 < refused < MUTANTS

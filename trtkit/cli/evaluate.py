@@ -67,6 +67,7 @@ def command(
     Windows begin with the tokens that the tokenizer puts in front of a text, as requests do; the first token of a
     window is not predicted. A server returns no logits unless its engine was built for it: then the greedy token after
     some prefixes of every window and its log-probability are compared, and perplexity and KL divergence are missing.
+    A server of the fused topology takes text only and cannot be compared: evaluate the checkpoint that it serves.
     Exit code 1 when perplexity increased by more than the limit.
 
     \b

@@ -38,7 +38,7 @@ _KEYS = {
 @click.command(name="loadtest")
 @click.argument("config", required=False, type=click.Path(path_type=Path))
 @click.option("--url", help="Server to test, such as grpc://127.0.0.1:8001 or http://127.0.0.1:8000.")
-@click.option("--model", default="ensemble", show_default=True, help="Model to send text to.")
+@click.option("--model", help="Model to send text to.  [default: of CONFIG's topology, or what is served]")
 @click.option("--scenario", "names", multiple=True, help="Scenario of CONFIG, repeatable [default: default, or all].")
 @click.option("--concurrency", type=int, help="Closed loop: requests kept in flight.")
 @click.option("--rate", type=float, help="Open loop: requests per second, however slow the answers.")
@@ -52,13 +52,17 @@ _KEYS = {
 @click.option("--max-tokens", type=int, help="Tokens to ask for.")
 @click.option("--prompt", "prompts", multiple=True, help="Prompt to send; several are sent in turn.")
 @click.option("--seed", type=int, help="Seed of the poisson arrivals.")
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder of tokenizer.json, to count tokens.")
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    help="Folder of tokenizer.json, to count tokens if the model does not.",
+)
 @click.option("--output", type=click.Path(path_type=Path), help="Write NAME.html and NAME.json (or into this folder).")
 @json_option
 def command(
     config: Path | None,
     url: str | None,
-    model: str,
+    model: str | None,
     names: tuple[str, ...],
     prompts: tuple[str, ...],
     tokenizer: Path | None,
@@ -96,6 +100,7 @@ def command(
     targets = {name: url or _deployed_url(build_config, scenario) for name, scenario in scenarios.items()}
     count_tokens = token_counter(tokenizer) if tokenizer else None
     fallback = build_config.validation.prompts if build_config else []
+    model = model or _model(build_config, *next(iter(targets.items())), scenarios)
     results, failure = _run(scenarios, targets, model=model, prompts=fallback, count_tokens=count_tokens)
     _show(results, as_json)
     if output:
@@ -185,6 +190,16 @@ def _deployed_url(config: BuildConfig | None, scenario: Scenario) -> str:
     from trtkit.deploy.deployment import running
 
     return running(config.name).url(scenario.protocol)
+
+
+def _model(config: BuildConfig | None, name: str, url: str, scenarios: dict[str, Scenario]) -> str:
+    """The model that takes text at the url of the scenario `name`."""
+    import asyncio
+
+    from trtkit.client.served import find
+
+    protocol = None if "://" in url else scenarios[name].protocol
+    return asyncio.run(find(url, config.serving.layout if config else None, protocol=protocol)).text
 
 
 def _run(

@@ -17,8 +17,9 @@ import numpy.typing as npt
 import torch
 
 from trtkit.client import LLMClient, ServerError, connect
+from trtkit.client.api import LLM
 from trtkit.client.tensors import engine_inputs, scalar
-from trtkit.errors import LacksError
+from trtkit.errors import InputError, LacksError
 
 T = TypeVar("T")
 
@@ -96,8 +97,15 @@ class ServedModel:
     async def _open(self) -> None:
         if not await self._client.is_live():
             raise LacksError(f"no server answers at {self._client.url}", "start it, or correct the url")
-        described = await self._client.metadata(self._model)
+        try:
+            described = await self._client.metadata(self._model)
+        except ServerError:
+            if LLM in (models := await self._client.models()) and self._model not in models:
+                raise _takes_text(self._client.url, LLM, f"and there is no model '{self._model}'") from None
+            raise
         self._names = {tensor["name"] for side in ("inputs", "outputs") for tensor in described.get(side, [])}
+        if "messages" in self._names and "input_ids" not in self._names:
+            raise _takes_text(self._client.url, self._model, "and no tokens")
         self.has_log_probs = {"return_log_probs", "output_log_probs"} <= self._names
 
     async def _next_tokens(self, prefixes: Sequence[Sequence[int]]) -> list[NextToken]:
@@ -145,10 +153,18 @@ class ServedModel:
 _BUILD_FIX = "build the engine with --gather_context_logits, or compare checkpoints"
 
 
+def _takes_text(url: str, model: str, lacks: str) -> InputError:
+    return InputError(
+        f"{url}: the server's model '{model}' takes text {lacks}: next tokens and logits, which are compared, are the "
+        "business of an engine model",
+        "serve with topology: ensemble, or evaluate the checkpoint that is served",
+    )
+
+
 def open_served(url: str, model: str, *, timeout_s: float = 120.0) -> ServedModel:
     """The engine model `model` at `url` (`grpc://HOST:PORT` or `http://HOST:PORT`); connects when it is entered.
 
     Raises:
-        InputError: the url has no usable form.
+        InputError: the url has no usable form. When it is entered: the server has no engine model, only text models.
     """
     return ServedModel(connect(url, model=model), model, timeout_s=timeout_s)

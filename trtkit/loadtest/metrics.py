@@ -43,8 +43,9 @@ DEFINITIONS = {
     "loop_lag": "How late the load generator's event loop woke up: what it may add to any time above.",
     "percentiles": "Exact, from all values, with linear interpolation between neighbours (numpy.percentile). "
     "Latencies are of successful requests; failed ones are counted under errors and never left out of totals.",
-    "tokens": "Output is counted by the given tokenizer, after the run.",
-    "chunks": "Without a tokenizer each streamed chunk with text counts as one, and is called a chunk: it may hold "
+    "tokens": "Output is counted by the served model (completion_tokens), if it does so for every answer, else by the "
+    "given tokenizer, after the run.",
+    "chunks": "Without either each streamed chunk with text counts as one, and is called a chunk: it may hold "
     "several tokens.",
     "requests_per_s": "Successful answers completed inside the measurement, per second.",
     "output_per_s": "Output that arrived inside the measurement, per second, over all requests.",
@@ -89,7 +90,7 @@ class Result:
 def summarise(run: Run, count_tokens: Callable[[str], int] | None = None) -> Result:
     """The result of a run. `count_tokens` needs the texts that the run kept."""
     columns = columns_of(run, count_tokens)
-    unit = "tokens" if count_tokens is not None else "chunks" if run.scenario.streaming else None
+    unit = columns.unit
     counts = count(columns)
     values = {**latency_values(columns, run.scenario), "loop_lag": np.frombuffer(run.lag_ns, np.int64)}
     latency = {key: None if column is None else summary(column) for key, column in values.items()}

@@ -35,6 +35,7 @@ class Record:
         error: what failed, when `outcome` is `error`.
         chunk_ns: when each chunk with text arrived (streaming only).
         texts: those chunks, or the whole answer; kept only when tokens are to be counted.
+        tokens: of the answer, where the served model tells; -1 where it does not.
         empty: it succeeded without a single character.
     """
 
@@ -46,6 +47,7 @@ class Record:
     error: str = ""
     chunk_ns: array[int] = field(default_factory=lambda: array("q"))
     texts: list[str] = field(default_factory=list)
+    tokens: int = -1
     empty: bool = False
 
 

@@ -75,7 +75,8 @@ async def run_scenario(
         target: url of the server, or a function that makes a client (an async context manager).
         model: the served model, when `target` is a url.
         prompts: sent in turn when the scenario has none of its own.
-        count_tokens: counts the tokens of a text; without it a streamed chunk counts as one, and is named a chunk.
+        count_tokens: counts the tokens of a text, where the served model does not tell how many it made. Without either
+            a streamed chunk counts as one, and is named a chunk.
         stop: when set, requests in flight are cancelled and the result so far is returned, marked as incomplete.
 
     Raises:

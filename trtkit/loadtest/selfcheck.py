@@ -88,10 +88,10 @@ def _about_numbers(latency: Latency, throughput: dict[str, Any], counts: dict[st
         cause = f"fewer than 100 values behind p99 of {', '.join(few)}: it is close to the largest value"
         found.append(Finding("TK821", "info", place, cause, "raise duration_s"))
     if counts["ok"] and throughput["output_unit"] == "chunks":
-        cause = "output is counted in chunks, not tokens, since no tokenizer was given"
+        cause = "output is counted in chunks, not tokens, since neither the served model nor a tokenizer counts them"
         found.append(Finding("TK822", "info", place, cause, "give the folder of the model's tokenizer.json"))
     if counts["ok"] and throughput["output_unit"] is None:
-        cause = "without streaming and without a tokenizer, output tokens cannot be counted"
+        cause = "without streaming, and with neither a served model nor a tokenizer that counts them, output is unknown"
         found.append(Finding("TK823", "info", place, cause, "stream, or give the folder of the model's tokenizer.json"))
     return found
 

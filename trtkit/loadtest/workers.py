@@ -139,6 +139,8 @@ class Load:
             else:
                 completion = await self.client.generate(request, timeout_s=self.scenario.timeout_s)
                 record.empty = not completion.text
+                if completion.completion_tokens is not None:
+                    record.tokens = completion.completion_tokens
                 if self.keep_texts:
                     record.texts.append(completion.text)
             record.outcome = "ok"
@@ -164,6 +166,8 @@ class Load:
                 record.chunk_ns.append(chunk.received_ns)
                 if self.keep_texts:
                     record.texts.append(chunk.text)
+            if chunk.ending is not None and chunk.ending.completion_tokens is not None:
+                record.tokens = chunk.ending.completion_tokens
         record.empty = not record.chunk_ns
 
 

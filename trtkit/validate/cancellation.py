@@ -163,7 +163,9 @@ async def _targets(subject: Subject, client: LLMClient) -> tuple[list[_Target], 
             room = len(PROMPT) + 1 if prompt is None else PROMPT_ROOM
             length = min(LONG, longest - room) if longest else UNKNOWN_LIMIT
             targets.append(_Target(model, places, max(length, 1), prompt))
-    return targets, reasons or ["there is no model that hands cancellation on"]
+    if not targets and not reasons:
+        reasons.append("there is no model that hands cancellation on")
+    return targets, reasons
 
 
 def _places(config: dict[str, Any], subject: Subject) -> int:

@@ -12,31 +12,48 @@ Run one instance only: the server hands pieces of one stream to several instance
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from detokenizer import Detokenizer  # type: ignore[import-not-found]  # beside this file in the repository
+from serving.keyed import KeyedStreams  # type: ignore[import-not-found]  # beside this file in the repository
+from serving.metrics import Metrics  # type: ignore[import-not-found]
+from serving.text import Tokenizer  # type: ignore[import-not-found]
+
+TOKENS = "trtkit_postprocessing_tokens_total"
+HELD = "trtkit_postprocessing_held_streams"
 
 
 class TritonPythonModel:
     """The interface that Triton's python backend expects."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        import json
-
         parameters = json.loads(args["model_config"])["parameters"]
-        tokenizer = Path(__file__).parent / parameters["tokenizer_dir"]["string_value"] / "tokenizer.json"
+        folder = Path(__file__).parent / parameters["tokenizer_dir"]["string_value"]
         skip = parameters["skip_special_tokens"]["string_value"].lower() in ("true", "1")
-        self.detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip)
-        if not self.detokenizer.tokens.exact:
+        # Nobody says here that an answer has ended, so no complete character may wait for what follows it.
+        tokenizer = Tokenizer(folder, skip_special_tokens=skip, byte_run=0)
+        if not tokenizer.exact:
             pb_utils.Logger.log_warn(
-                f"{tokenizer}: this decoder has no fixed text per token; streamed pieces may lose spaces between them"
+                f"{folder}: this decoder looks at neighbouring tokens; streamed pieces of requests without an id of "
+                "their own may lose spaces between them"
             )
+        self.streams = KeyedStreams(tokenizer)
+        labels = {"model": args["model_name"], "version": args["model_version"]}
+        self.metrics = Metrics(
+            labels,
+            counters={TOKENS: "Tokens turned into text"},
+            gauges={HELD: "Streams whose last piece ended inside a character"},
+        )
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        return [self._respond(request) for request in requests]
+        responses = [self._respond(request) for request in requests]
+        self.metrics.values[HELD] = len(self.streams)
+        self.metrics.report(time.monotonic())
+        return responses
 
     def _respond(self, request: Any) -> Any:
         tokens = pb_utils.get_input_tensor_by_name(request, "TOKENS_BATCH").as_numpy()
@@ -47,10 +64,13 @@ class TritonPythonModel:
         name = request.request_id()
         part = tuple(_first(request, index) for index in ("BATCH_INDEX", "SEQUENCE_INDEX")) if name else ()
         texts = np.empty(lengths.shape, dtype=object)
-        for (row, beam), length in np.ndenumerate(lengths):
-            key = (name, part, row, beam) if name else None
-            ids = tokens[row, beam, : max(int(length), 0)].tolist()
-            texts[row, beam] = self.detokenizer.text(key, ids).encode()
+        counts = lengths.tolist()
+        for row, beams in enumerate(tokens.tolist()):
+            for beam, ids in enumerate(beams):
+                count = max(counts[row][beam], 0)
+                key = (name, part, row, beam) if name else None
+                texts[row, beam] = self.streams.text(key, ids[:count]).encode()
+                self.metrics.values[TOKENS] += count
         return pb_utils.InferenceResponse([pb_utils.Tensor("OUTPUT", texts)])
 
 

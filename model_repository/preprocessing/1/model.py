@@ -2,7 +2,7 @@
 
 In, each [batch, ...]: QUERY STRING [1], REQUEST_OUTPUT_LEN INT32 [1]; optional STOP_WORDS_DICT and BAD_WORDS_DICT
 STRING [n], END_ID and PAD_ID INT32 [1]. Out: INPUT_ID INT32 [longest], padded on the right; REQUEST_INPUT_LEN [1] the
-true lengths; STOP_WORDS_IDS and BAD_WORDS_IDS [2, n] (see encoder.word_lists); REQUEST_OUTPUT_LEN, OUT_END_ID and
+true lengths; STOP_WORDS_IDS and BAD_WORDS_IDS [2, n] (see serving/tensors.py); REQUEST_OUTPUT_LEN, OUT_END_ID and
 OUT_PAD_ID [1].
 
 The engine knows one end id. A model with several gets the others as stop words of one token each, unless the request
@@ -12,13 +12,20 @@ names its own END_ID: then that one alone ends the answer (-1 for none).
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from encoder import Encoder, pad, word_lists  # type: ignore[import-not-found]  # beside this file in the repository
+from serving.metrics import Metrics  # type: ignore[import-not-found]  # beside this file in the repository
+from serving.tensors import pad, word_lists  # type: ignore[import-not-found]
+from serving.text import Tokenizer  # type: ignore[import-not-found]
+
+PROMPT_TOKENS = "trtkit_preprocessing_prompt_tokens_total"
+REFUSED = "trtkit_preprocessing_refused_requests_total"
+COUNTERS = {PROMPT_TOKENS: "Tokens of prompts", REFUSED: "Requests refused because they were wrong"}
 
 
 class BadRequestError(Exception):
@@ -43,19 +50,24 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         given = json.loads(args["model_config"])["parameters"]
         parameters = {key: value["string_value"] for key, value in given.items()}
-        tokenizer = Path(__file__).parent / parameters["tokenizer_dir"] / "tokenizer.json"
-        self.encoder = Encoder(tokenizer, add_special_tokens=parameters["add_special_tokens"].lower() in ("true", "1"))
+        folder = Path(__file__).parent / parameters["tokenizer_dir"]
+        self.tokenizer = Tokenizer(folder, add_special_tokens=parameters["add_special_tokens"].lower() in ("true", "1"))
         end_ids = [int(part) for part in parameters["end_ids"].split(",") if part]
         self.end_id = end_ids[0] if end_ids else -1
         self.other_end_ids = end_ids[1:]
         self.pad_id = int(parameters["pad_id"])
+        self.several_prompts = parameters["several_prompts"].lower() in ("true", "1")
+        labels = {"model": args["model_name"], "version": args["model_version"]}
+        self.metrics = Metrics(labels, counters=COUNTERS)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response per request; a wrong request gets an error and leaves the others alone."""
         read = [self._try_read(request) for request in requests]
         asks = [item for item in read if isinstance(item, Ask)]
         # All prompts of all requests in one call: the tokenizer spreads them over the cores.
-        ids = iter(self.encoder.prompts([prompt for ask in asks for prompt in ask.prompts]))
+        encoded = self.tokenizer.encode([prompt for ask in asks for prompt in ask.prompts])
+        self.metrics.values[PROMPT_TOKENS] += sum(map(len, encoded))
+        ids = iter(encoded)
         responses = []
         for item in read:
             try:
@@ -63,8 +75,10 @@ class TritonPythonModel:
                     raise item
                 responses.append(_response(item, [next(ids) for _ in item.prompts]))
             except BadRequestError as error:
+                self.metrics.values[REFUSED] += 1
                 failure = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
                 responses.append(pb_utils.InferenceResponse(error=failure))
+        self.metrics.report(time.monotonic())
         return responses
 
     def _try_read(self, request: Any) -> Ask | BadRequestError:
@@ -76,6 +90,11 @@ class TritonPythonModel:
     def _read(self, request: Any) -> Ask:
         prompts = [_text(row[0], "the prompt") for row in _rows(request, "QUERY")]
         size = len(prompts)
+        if size > 1 and not self.several_prompts:
+            raise BadRequestError(
+                f"the request has {size} prompts, and nothing tells their answers apart: send one in each request, or "
+                "add batch_index to serving.ensemble_outputs"
+            )
         if not all(prompts):
             raise BadRequestError("the prompt is empty")
         max_tokens = _numbers(request, "REQUEST_OUTPUT_LEN", size, 0)
@@ -99,7 +118,7 @@ class TritonPythonModel:
             raise BadRequestError(f"{name} has {len(rows)} rows for {size} prompts")
         what = "a stop word" if name == "STOP_WORDS_DICT" else "a bad word"
         texts = [[_text(word, what) for word in row] for row in rows]
-        return [[ids for text in row if text for ids in self.encoder.word(text)] for row in texts]
+        return [[ids for text in row if text for ids in self.tokenizer.word(text)] for row in texts]
 
 
 def _response(ask: Ask, ids: list[list[int]]) -> Any:

@@ -11,7 +11,6 @@ import pytest
 from click.testing import CliRunner, Result
 
 from trtkit.cli.loadtest import command
-from trtkit.client import api
 from trtkit.client.api import Chunk, Completion, GenerateRequest, ServerError
 from trtkit.errors import CheckFailedError, InputError, LacksError, TrtkitError
 
@@ -324,4 +323,3 @@ def test_an_interrupted_run_is_shown_and_exits_with_130(config: str, monkeypatch
 
 def test_help_holds_an_example() -> None:
     assert "Example:" in invoke("--help").stdout
-    assert api.ENSEMBLE in invoke("--help").stdout

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import fake_triton
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -151,6 +152,7 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     module: Any = ModuleType("triton_python_backend_utils")
     module.Tensor, module.InferenceResponse, module.TritonError = Tensor, InferenceResponse, TritonError
     module.get_input_tensor_by_name = lambda request, name: request.tensors.get(name)
+    module.MetricFamily = type("MetricFamily", (fake_triton.MetricFamily,), {"made": {}})
     module.warnings = []
 
     class Logger:
@@ -158,7 +160,7 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     module.Logger = Logger
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", module)
-    loaded: list[str] = []
+    loaded: list[str] = ["serving.metrics"]  # it keeps the module that it has imported
 
     def load(folder: Path, parameters: dict[str, str]) -> Any:
         import importlib.util
@@ -173,7 +175,7 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         spec.loader.exec_module(code)
         model = code.TritonPythonModel()
         config = {"parameters": {key: {"string_value": value} for key, value in parameters.items()}}
-        model.initialize({"model_config": json.dumps(config)})
+        model.initialize({"model_config": json.dumps(config), "model_name": "model", "model_version": "1"})
         return model
 
     module.load = load

@@ -49,18 +49,30 @@ def test_the_runtimes_differ_only_in_the_tensorrt_llm_model(source: Path, stream
     assert all(name.startswith("tensorrt_llm/") for name in differing)
 
 
+COMMON = ("metrics", "streams", "tables", "text")
+
+
 def test_the_files(source: Path) -> None:
     assert sorted(render(source)) == [
         "ensemble/1/.gitkeep",
         "ensemble/config.pbtxt",
+        "llm/1/model.py",
+        *(f"llm/1/serving/{name}.py" for name in ("__init__", "answers", "asks", "chat", "decoding", "engine")),
+        "llm/1/serving/engines/__init__.py",
+        "llm/1/serving/engines/triton.py",
+        *(f"llm/1/serving/{name}.py" for name in ("llm", "mailbox", "metrics", "reader", "settings", "stops")),
+        *(f"llm/1/serving/{name}.py" for name in ("streams", "tables", "templates", "text")),
+        "llm/1/tokenizer/generation_config.json",
+        "llm/1/tokenizer/tokenizer.json",
+        "llm/1/tokenizer/tokenizer_config.json",
+        "llm/config.pbtxt",
         "postprocessing/1/model.py",
         "postprocessing/1/serving/__init__.py",
-        *(f"postprocessing/1/serving/{name}.py" for name in ("decoding", "keyed", "streams", "tables", "text")),
+        *(f"postprocessing/1/serving/{name}.py" for name in ("decoding", "keyed", *COMMON)),
         "postprocessing/1/tokenizer/tokenizer.json",
         "postprocessing/config.pbtxt",
         "preprocessing/1/model.py",
-        *(f"preprocessing/1/serving/{name}.py" for name in ("__init__", "decoding", "streams", "tables", "text")),
-        "preprocessing/1/tensors.py",
+        *(f"preprocessing/1/serving/{name}.py" for name in ("__init__", "decoding", *COMMON[:3], "tensors", COMMON[3])),
         "preprocessing/1/tokenizer/generation_config.json",
         "preprocessing/1/tokenizer/tokenizer.json",
         "preprocessing/1/tokenizer/tokenizer_config.json",
@@ -292,11 +304,16 @@ def test_the_example_repository_is_what_the_generator_makes() -> None:
         config, tokenizer_dir=Path(config.model.source), model_path_in_container="/models/checkpoint"
     )
     expected = {name: text.encode() if isinstance(text, str) else text for name, text in files.items()}
-    assert snapshot(ROOT / "model_repository") == expected, (
+    kept = snapshot(ROOT / "model_repository")
+    explained = kept.pop("README.md").decode()
+    assert kept == expected, (
         "run: trtkit repo generate build_configs/tiny-llama.yaml -o model_repository"
         " --model-path-in-container /models/checkpoint"
     )
     assert not any(str(ROOT).encode() in content for content in expected.values())
+    for name in expected:
+        folder = f"`{name.rpartition('/')[0]}/`"
+        assert f"`{name}`" in explained or folder in explained, f"README.md does not explain {name}"
 
 
 def test_cli_looks_into_the_store_that_is_named(

@@ -25,7 +25,6 @@ def repository(source: Path, tmp_path: Path) -> Path:
     """A repository without findings, for an engine of two ranks."""
     engine = tmp_path / "engine"
     engine.mkdir()
-    (source / "chat_template.jinja").write_text("{{ messages[0].content }}")
     (engine / "config.json").write_text(engine_config({"world_size": 2, "tp_size": 2}))
     for rank in range(2):
         (engine / f"rank{rank}.engine").write_bytes(b"1")

@@ -119,9 +119,16 @@ def test_positions_of_a_checkpoint(tmp_path: Path) -> None:
 
 
 def write_tokenizer(
-    folder: Path, *, size: int = 10, template: str | None = None, generation: object = None, bos: object = "<s>"
+    folder: Path,
+    *,
+    size: int = 10,
+    template: str | None = None,
+    generation: object = None,
+    bos: object = "<s>",
+    more: list[str] | None = None,
 ) -> None:
     tokenizer = Tokenizer(models.WordLevel({"<s>": 0, **{f"w{i}": i for i in range(1, size)}}, unk_token="<s>"))  # noqa: S106
+    tokenizer.add_special_tokens(more or [])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     folder.mkdir(exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -143,6 +150,8 @@ TOKENIZERS: list[tuple[str, str, Parameters, dict[str, Any]]] = [
     ("", PYTHON, {"end_ids": "1"}, {"generation": []}),
     ("", PYTHON + MESSAGES, {}, {"template": TEMPLATE}),
     ("TK213", PYTHON + MESSAGES, {}, {}),
+    ("", PYTHON + MESSAGES.replace("dims: 1", "dims: 1 optional: true"), {}, {}),
+    ("TK213", PYTHON + MESSAGES.replace("dims: 1", "dims: 1 optional: true"), {}, {"more": ["<|im_start|>"]}),
     ("TK214", PYTHON, {"add_special_tokens": "true"}, {"template": TEMPLATE}),
     ("TK214", PYTHON, {"add_special_tokens": "true"}, {"template": TEMPLATE, "bos": {"content": "<s>"}}),
     ("TK214", PYTHON, {"add_special_tokens": "true"}, {"template": "<s>{{ messages[0].content }}"}),

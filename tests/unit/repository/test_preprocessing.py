@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from trtkit.repository.models.preprocessing import tensors as code
-from trtkit.repository.models.preprocessing.tensors import pad, word_lists
+from trtkit.repository.models.preprocessing import __file__ as package
+from trtkit.repository.models.serving.tensors import pad, word_lists
 
-MODEL = Path(code.__file__).parent
+MODEL = Path(package).parent
 WORDS = st.lists(st.lists(st.lists(st.integers(0, 999), min_size=1, max_size=4), max_size=4), min_size=1, max_size=4)
 
 
@@ -27,11 +27,11 @@ def load(triton: Any, tmp_path: Path, byte_tokenizer: Tokenizer) -> Any:
     def make(tokenizer: Tokenizer = byte_tokenizer, **changes: str) -> Any:
         folder = tmp_path / "1"
         (folder / "tokenizer").mkdir(parents=True)
-        for name in ("model.py", "tensors.py"):
-            shutil.copy(MODEL / name, folder)
+        shutil.copy(MODEL / "model.py", folder)
         shutil.copytree(MODEL.parent / "serving", folder / "serving")
         tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
         parameters = {"tokenizer_dir": "tokenizer", "add_special_tokens": "true", "end_ids": "1,2", "pad_id": "7"}
+        parameters["several_prompts"] = "true"
         return triton.load(folder, {**parameters, **changes})
 
     return make

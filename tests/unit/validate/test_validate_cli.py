@@ -13,6 +13,7 @@ from standin_client import StandInClient
 
 from trtkit.cli import main
 from trtkit.cli.validate import _names, command
+from trtkit.client import served
 from trtkit.deploy import state
 from trtkit.validate import CHECKS, run
 
@@ -27,6 +28,7 @@ def urls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return StandInClient(url.partition(":")[0])
 
     monkeypatch.setattr(run, "connect", connect)
+    monkeypatch.setattr(served, "connect", lambda url, **options: StandInClient())
     return asked
 
 
@@ -57,7 +59,8 @@ def test_json(urls: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_failed_check_is_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     client = StandInClient()
     client.split = lambda text: [text]
-    monkeypatch.setattr(run, "connect", lambda url, **options: client)
+    for module in (run, served):
+        monkeypatch.setattr(module, "connect", lambda url, **options: client)
     code, out, err = trtkit(capsys, "--url", "grpc://x:1", "--only", "streaming")
     assert code == 1 and "TK722" in out and "fix:" in out
     assert "1 of 1 checks failed: streaming" in err
@@ -100,7 +103,10 @@ def test_a_config_finds_its_running_deployment(
     urls: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRTKIT_STATE_DIR", str(tmp_path / "state"))
-    args = [config_file(tmp_path), "--skip", "parity", "--skip", "text", "--skip", "cancellation"]
+    args = [
+        config_file(tmp_path),
+        *(word for name in ("parity", "text", "chat", "cancellation") for word in ("--skip", name)),
+    ]
     code, _, err = trtkit(capsys, *args)
     assert code == 3 and "no deployment 'my-model' is running" in err and "trtkit deploy up" in err
     record = {

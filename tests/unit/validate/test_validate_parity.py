@@ -170,7 +170,7 @@ class Served(StandInClient):
     def text(self, request: Any) -> str:
         ids = self.source.encode(request.prompt)
         tokens = self.tokens(ids, request.max_tokens)
-        return self.change(self.source.continuation(ids, parity._until_end(tokens, self.source.eos_ids)))
+        return self.change(self.source.continuation(ids, text._until_end(tokens, self.source.eos_ids)))
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ async def test_a_server_that_says_what_its_source_says(subject: Subject, source_
     assert found.outcome == "passed" and found.findings == ()
     assert found.figures["agreed"] == found.figures["total"] == 24 and found.figures["agreement"] == 1.0
     texts = await text.check(subject, [served, Served(source_folder, "http")])
-    assert text.outcome == "passed" and text.figures["equal"] == 6
+    assert texts.outcome == "passed" and texts.figures["equal"] == 6
 
 
 async def test_a_wrong_token_is_named_with_its_place_and_margin(subject: Subject, source_folder: Path) -> None:

@@ -8,7 +8,8 @@ from trtkit import contract, pbtxt
 from trtkit.contract_tensors import Tensor
 from trtkit.errors import InputError
 from trtkit.repository.layouts import scheduling
-from trtkit.repository.layouts.job import TEXT, TOKENIZER_FILES, Files, Job, flag, model_code, pad_id, tokenizer_json
+from trtkit.repository.layouts.code import model_code
+from trtkit.repository.layouts.job import TOKENIZER_FILES, Files, Job, flag, pad_id, tokenizer_json
 
 _INFLIGHT_SINCE = "25.11"  # core, branch r25.11: src/ensemble_scheduler reads ensemble_scheduling.max_inflight_requests
 
@@ -44,7 +45,7 @@ def _preprocessing(job: Job) -> Files:
     )
     files: Files = _warm_up(message, job)
     files["preprocessing/config.pbtxt"] = pbtxt.dumps(message)
-    files.update(model_code("preprocessing", serving=(*TEXT, "tensors")))
+    files.update(model_code("preprocessing"))
     tokenizer_json(job.tokenizer_dir)
     for name in TOKENIZER_FILES:
         if (job.tokenizer_dir / name).is_file():
@@ -67,7 +68,7 @@ def _postprocessing(job: Job) -> Files:
         dynamic_batching={"max_queue_delay_microseconds": round(1000 * wait_ms)},
     )
     files: Files = {"postprocessing/config.pbtxt": pbtxt.dumps(message)}
-    files.update(model_code("postprocessing", serving=(*TEXT, "keyed")))
+    files.update(model_code("postprocessing"))
     files["postprocessing/1/tokenizer/tokenizer.json"] = tokenizer_json(job.tokenizer_dir)
     return files
 

@@ -6,36 +6,83 @@ It is all there is in the `fused` topology. Beside an ensemble it is the front f
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from trtkit import pbtxt, serving_contract
 from trtkit.config_serving import Runtime
-from trtkit.repository.layouts import scheduling
-from trtkit.repository.layouts.job import MODELS, TOKENIZER_FILES, Files, Job, flag, tokenizer_json
+from trtkit.contract_tensors import in_range
+from trtkit.errors import InputError
+from trtkit.repository.layouts import llmapi, scheduling, tensorrtllm, vllm
+from trtkit.repository.layouts.code import model_code
+from trtkit.repository.layouts.job import TOKENIZER_FILES, Files, Job, flag, tokenizer_json
 
 FOLDER = f"{serving_contract.MODEL}/1"
-
-ENGINES: dict[Runtime, tuple[str, str]] = {
-    "reference": ("reference", "checkpoint_dir"),
-    "tensorrtllm": ("executor", "gpt_model_path"),
-    "llmapi": ("llmapi", "model"),
-    "vllm": ("vllm", "model"),
-}
-"""Runtime -> the module in models/serving/engines that drives it in the model's own process, and the parameter that
-tells it what to execute."""
 
 
 def render(job: Job) -> Files:
     """The `fused` topology."""
-    engine, parameter = ENGINES[job.config.serving.runtime]
-    return _model(job, engine, {parameter: job.model_path})
+    runtime = job.config.serving.runtime
+    if runtime != "reference" and job.config.serving.instances > 1:
+        raise InputError(
+            f"serving.instances is {job.config.serving.instances}, and in the fused topology an engine has one",
+            "set instances to 1, and start a server per engine",
+        )
+    return _model(job, *ENGINES[runtime](job))
 
 
 def front(job: Job) -> Files:
     """`llm` beside an ensemble, in front of the server's own `tensorrt_llm`."""
-    engine = job.config.serving.runtime == "tensorrtllm"
-    release = {"model_release": job.tensorrt_llm} if engine else {}  # decides how tensors are called
-    return _model(job, "triton", {"model_name": "tensorrt_llm", **release})
+    parameters = {"model_name": "tensorrt_llm"}
+    if job.config.serving.runtime == "tensorrtllm" and not in_range(job.tensorrt_llm, "0.20", ""):
+        # Some of its inputs had other names then.
+        parameters["model_release"] = job.tensorrt_llm
+    return _model(job, "triton", parameters)
+
+
+def _reference(job: Job) -> tuple[str, dict[str, str]]:
+    return "reference", {"checkpoint_dir": job.model_path}
+
+
+def _executor(job: Job) -> tuple[str, dict[str, str]]:
+    # The file with the grammar's vocabulary is for the C++ backend; the engine takes it from the tokenizer beside it.
+    parameters = tensorrtllm.parameters(replace(job, repository_path=job.repository_path or "/models"), {})
+    parameters.pop("xgrammar_tokenizer_info_path", None)
+    return "executor", {**parameters, **_slots(job.config.engine.max_batch_size)}
+
+
+def _llmapi(job: Job) -> tuple[str, dict[str, str]]:
+    llmapi.check_release(job)
+    return "llmapi", _with_arguments(job, llmapi.llm_arguments(job))
+
+
+def _vllm(job: Job) -> tuple[str, dict[str, str]]:
+    return "vllm", _with_arguments(job, vllm.engine_arguments(job))
+
+
+def _with_arguments(job: Job, arguments: dict[str, Any]) -> dict[str, str]:
+    arguments.pop("model", None)
+    adapters = job.config.serving.lora.adapters if job.config.serving.lora else {}
+    parameters = {"model": job.model_path, "engine_args": json.dumps(arguments)}
+    parameters |= _slots(job.config.serving.max_batch_size)
+    return {**parameters, "lora_adapters": json.dumps(adapters)} if adapters else parameters
+
+
+def _slots(runs: int) -> dict[str, str]:
+    """These engines batch by themselves: they get as many sequences again as they run, so that they never starve."""
+    return {"slots": str(2 * runs)}
+
+
+ENGINES: dict[Runtime, Callable[[Job], tuple[str, dict[str, str]]]] = {
+    "reference": _reference,
+    "tensorrtllm": _executor,
+    "llmapi": _llmapi,
+    "vllm": _vllm,
+}
+"""Runtime -> the module in models/serving/engines that drives it in the model's own process, with its parameters."""
 
 
 def _model(job: Job, engine: str, parameters: dict[str, str]) -> Files:
@@ -47,13 +94,17 @@ def _model(job: Job, engine: str, parameters: dict[str, str]) -> Files:
         max_batch_size=serving.max_batch_size,
         decoupled=serving.streaming,
         backend="python",
-        parameters={**_parameters(job), "engine": engine, **parameters},
+        parameters={**parameters, **_parameters(job), "engine": engine},
         # Requests that come together are tokenised together; how many run and wait, the model itself decides.
         dynamic_batching={},
     )
+    scheduling.place(message, serving)
     scheduling.choose_versions(message, serving)
     tokenizer_json(job.tokenizer_dir)
-    files: Files = {f"{serving_contract.MODEL}/config.pbtxt": pbtxt.dumps(message), **code(engine)}
+    files: Files = {
+        f"{serving_contract.MODEL}/config.pbtxt": pbtxt.dumps(message),
+        **model_code(serving_contract.MODEL, also=(f"engines/{engine}",)),
+    }
     for name in TOKENIZER_FILES:
         if (job.tokenizer_dir / name).is_file():
             files[f"{FOLDER}/tokenizer/{name}"] = (job.tokenizer_dir / name).read_bytes()
@@ -77,13 +128,3 @@ def _parameters(job: Job) -> dict[str, str]:
     if job.config.engine.max_seq_len is not None:
         given["max_seq_len"] = str(job.config.engine.max_seq_len)
     return given
-
-
-def code(engine: str) -> Files:
-    """model.py and the package beside it, with the one engine that this repository needs."""
-    files: Files = {f"{FOLDER}/model.py": (MODELS / "llm/model.py").read_bytes()}
-    package = MODELS / "serving"
-    for path in sorted(package.rglob("*.py")):
-        if path.parent.name != "engines" or path.stem in ("__init__", engine):
-            files[f"{FOLDER}/serving/{path.relative_to(package).as_posix()}"] = path.read_bytes()
-    return files

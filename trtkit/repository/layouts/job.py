@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,9 +17,6 @@ Content = bytes | str | Path
 
 Files = dict[str, Content]
 """Content by path inside the repository, with `/` between folders."""
-
-MODELS = Path(__file__).parents[1] / "models"
-"""The python models that are copied into repositories."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -60,21 +56,6 @@ class Job:
     def tensorrt_llm(self) -> str:
         """The TensorRT-LLM version in the release's container."""
         return releases.get(self.config.deploy.release).tensorrt_llm
-
-
-def model_code(source: str, model: str | None = None, serving: Sequence[str] = ()) -> Files:
-    """The Python files of one of trtkit's own models, as version 1 of `model`, with these modules of `serving`."""
-    folder = MODELS / source
-    # The reference model runs where trtkit is installed and imports the rest of itself; the others bring their helpers.
-    names = ["model.py"] if source == "reference" else sorted(path.name for path in folder.glob("*.py"))
-    code = {name: folder / name for name in names if name != "__init__.py"}
-    if serving:
-        code.update({f"serving/{name}.py": MODELS / "serving" / f"{name}.py" for name in ("__init__", *serving)})
-    return {f"{model or source}/1/{name}": path.read_bytes() for name, path in code.items()}
-
-
-TEXT = ("decoding", "metrics", "streams", "tables", "text")
-"""Modules of the serving package that turn text into tokens and back, and count."""
 
 
 def tokenizer_json(folder: Path) -> bytes:

@@ -15,8 +15,9 @@ from trtkit import pbtxt
 from trtkit.contract_tensors import Tensor, in_range, may, need
 from trtkit.errors import InputError
 from trtkit.repository.layouts import scheduling
+from trtkit.repository.layouts.code import model_code
 from trtkit.repository.layouts.engine_args import merged
-from trtkit.repository.layouts.job import Files, Job, model_code
+from trtkit.repository.layouts.job import Files, Job
 
 SINCE = "1.0"
 """The first TensorRT-LLM with this model."""

@@ -11,7 +11,8 @@ from pathlib import Path
 from trtkit import pbtxt
 from trtkit.errors import InputError
 from trtkit.repository.layouts import scheduling
-from trtkit.repository.layouts.job import Files, Job, model_code
+from trtkit.repository.layouts.code import model_code
+from trtkit.repository.layouts.job import Files, Job
 from trtkit.repository.layouts.onnx_graph import read_graph
 
 

@@ -13,7 +13,8 @@ from trtkit import pbtxt
 from trtkit.contract_tensors import Tensor
 from trtkit.errors import InputError
 from trtkit.repository.layouts import scheduling
-from trtkit.repository.layouts.job import Files, Job, model_code
+from trtkit.repository.layouts.code import model_code
+from trtkit.repository.layouts.job import Files, Job
 from trtkit.repository.layouts.signature import Signature, read_signature
 
 

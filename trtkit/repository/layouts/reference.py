@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from trtkit import contract, pbtxt
 from trtkit.repository.layouts import tensorrt_llm_model
-from trtkit.repository.layouts.job import Files, Job, model_code
+from trtkit.repository.layouts.code import model_code
+from trtkit.repository.layouts.job import Files, Job
 
 
 def render(job: Job) -> Files:

@@ -166,9 +166,9 @@ def _tensors_meet(graph: _Graph) -> Iterator[Finding]:
         if len(steps) > 1:
             cause = f"'{name}' comes from {' and '.join(steps)}"
             yield finding("TK156", model.place(name), cause, "give one of them another name")
-        elif steps and len(ends) > 1:  # served, and who comes last wins
+        elif steps and len(ends) > 1:  # loaded, but a request with the input gets an error beside its answer
             cause = f"'{name}' is an input of the ensemble and comes from {steps[0]}, too"
-            yield finding("TK156", model.place(name), cause, "give one of them another name", severity="warning")
+            yield finding("TK156", model.place(name), cause, "give one of them another name")
         if name in graph.consumers or name in graph.unknown:
             continue
         if ends[0].step is None:
@@ -198,6 +198,18 @@ def _ends_agree(graph: _Graph) -> Iterator[Finding]:
                     cause = f"'{name}' is {shapes[0]} as {source.name}, and {shapes[1]} as {end.name}"
                     yield finding("TK149", graph.model.place(name), cause, "make the two shapes equal, or use -1")
                     break
+            else:
+                yield from _single_rows(graph, name, end)
+
+
+def _single_rows(graph: _Graph, name: str, end: _Use) -> Iterator[Finding]:
+    """A step without batches in an ensemble with them: it loads when the dims are equal, and answers one row only."""
+    limit, source = graph.model.config.max_batch_size, graph.ends[name][0]
+    differ = end.owner.config.max_batch_size == 0 < source.owner.config.max_batch_size
+    if limit > 1 and differ and len(_dims(end)) == len(_dims(source)):
+        cause = f"{end.name} takes no batches, so requests of more than one row fail, and the ensemble allows {limit}"
+        fix = f"give '{end.owner.name}' a max_batch_size, or dims with the batch in front: [ -1, ... ]"
+        yield finding("TK149", graph.model.place(name), cause, fix, severity="warning")
 
 
 def _dims(use: _Use) -> list[int]:

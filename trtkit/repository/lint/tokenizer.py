@@ -14,6 +14,11 @@ from trtkit.findings import Finding
 from trtkit.repository.lint.repository import Model
 from trtkit.repository.lint.rules import finding
 
+_CHAT_TOKENS = {
+    "<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "[INST]", "<|assistant|>", "<|start_of_role|>",
+}  # fmt: skip
+"""Tokens that begin a message, in the templates of the common model families."""
+
 
 @dataclass(frozen=True)
 class Tokenizer:
@@ -24,12 +29,14 @@ class Tokenizer:
         is_exact: whether every token has a fixed text.
         highest: the highest id that it can give.
         starts: tokens that it puts in front of each text by itself.
+        is_chat: whether it has tokens that only conversations use.
     """
 
     problem: str = ""
     is_exact: bool = True
     highest: int = -1
     starts: tuple[str, ...] = ()
+    is_chat: bool = False
 
 
 def lint_tokenizer(model: Model) -> Iterator[Finding]:
@@ -67,9 +74,13 @@ def _read(data: bytes) -> Tokenizer:
         tokenizer = Loaded.from_buffer(data)
     except Exception as error:  # the library raises no more special type
         return Tokenizer(problem=" ".join(str(error).split()))
-    ids = tokenizer.get_vocab(with_added_tokens=True).values()
-    starts = tuple(tokenizer.encode("").tokens)
-    return Tokenizer(is_exact=is_exact(json.loads(tokenizer.to_str())), highest=max(ids, default=-1), starts=starts)
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    return Tokenizer(
+        is_exact=is_exact(json.loads(tokenizer.to_str())),
+        highest=max(vocabulary.values(), default=-1),
+        starts=tuple(tokenizer.encode("").tokens),
+        is_chat=not _CHAT_TOKENS.isdisjoint(vocabulary),
+    )
 
 
 def highest_ids(repository: Path) -> Iterator[tuple[str, int]]:
@@ -100,12 +111,11 @@ def _chat(model: Model, folder: Path, place: str, found: Tokenizer) -> Iterator[
     """Whether chat messages have a template, and whether it writes what the tokenizer adds by itself."""
     messages = next((tensor for tensor in model.config.input if tensor.name == "messages"), None)
     template = _chat_template(folder)
-    if messages is not None and template is None:
-        fix = "copy chat_template.jinja or tokenizer_config.json of an instruction-tuned source there"
+    # A base model has no template, and where messages are optional nobody may want to send any.
+    if messages is not None and template is None and (found.is_chat or not messages.optional):
+        fix = "copy chat_template.jinja or tokenizer_config.json of the source there"
         cause = "the model takes `messages`, and the tokenizer has no chat template"
-        config = place.replace("tokenizer.json", "tokenizer_config.json")
-        # A base model has none, and is asked for completions only.
-        yield finding("TK213", config, cause, fix, severity="info" if messages.optional else None)
+        yield finding("TK213", place.replace("tokenizer.json", "tokenizer_config.json"), cause, fix)
     adds = model.parameters.get("add_special_tokens", "").lower() in ("true", "1")
     if template and adds and messages is None and _writes(template, folder, found.starts):
         cause = f"the chat template writes {found.starts[0]}, and add_special_tokens adds it once more"

@@ -12,11 +12,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import fake_triton
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-sys.path.insert(0, str(Path(__file__).parent))
-import fake_triton
 
 PACKAGE = "trtkit.repository.models.serving"
 TRITON_SIDE = ("answers", "metrics", "reader", "llm")

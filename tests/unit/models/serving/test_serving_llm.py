@@ -139,7 +139,7 @@ def test_only_what_was_asked_for_is_sent(serve: Serve) -> None:
 BAD: list[tuple[dict[str, Any], str]] = [
     ({}, "text_input: send either"),
     ({"text_input": "a", "messages": "[]"}, "text_input: send either"),
-    ({"text_input": ""}, "text_input: the prompt has no tokens"),
+    ({"text_input": ""}, "text_input: the prompt is empty"),
     ({"text_input": b"\xff"}, "text_input: not UTF-8"),
     ({"text_input": ["a", "b"]}, "text_input: shape [1, 2]"),
     ({"text_input": "a", "max_tokens": 0}, "max_tokens: 0 must be 1 or more"),

@@ -63,6 +63,8 @@ class Reader:
         if ask.streams and not self._decoupled:
             raise RequestError("stream: this model sends whole answers only (serving.streaming is off)")
         if ask.text is not None:
+            if not ask.text:  # a begin-of-sequence token alone would be answered with anything
+                raise RequestError("text_input: the prompt is empty")
             return ask.text, self._settings.add_special_tokens
         if self._template is None:
             raise RequestError("messages: the model has no chat template; send text_input", "UNSUPPORTED")
@@ -87,7 +89,8 @@ class Reader:
                 settings.end_ids if ask.end_ids is None else ask.end_ids,
                 bad_words,
                 ask.log_probs,
-                ask.streams,
+                # Stop words are found here, in the text: an engine that told the whole answer at once would go on to its end.
+                ask.streams or (self._decoupled and bool(ask.stop_words)),
             )
             self._engine.check(job)
             reply.answers.append(answer)
