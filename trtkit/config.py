@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from trtkit.config_base import PositiveInt, Strict
-from trtkit.config_serving import ServingConfig
+from trtkit.config_serving import LLM_RUNTIMES, ServingConfig
+from trtkit.config_serving_parts import ResourceName
 
 QuantizationFormat = Literal[
     "int8_wo", "int4_wo", "int4_awq", "w4a8_awq", "int8_sq", "int8_sq_plugin", "fp8", "fp8_rowwise"
@@ -26,7 +27,7 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Port = Annotated[int, Field(ge=0, le=65535, description="TCP port; 0 takes a free one")]
 
 _GPU = r"(\d+|(GPU|MIG)-[A-Za-z0-9-]+)"
-_GPUS = rf"^(all|{_GPU}(,{_GPU})*)$"
+_GPUS = rf"^(all|none|{_GPU}(,{_GPU})*)$"
 
 
 class ModelConfig(Strict):
@@ -141,11 +142,16 @@ class DeployConfig(Strict):
     model_control: Literal["none", "poll"] = "none"
     """`poll` makes the server take over what changes in the model repository: whoever may write there may run code."""
     gpus: Annotated[str, Field(pattern=_GPUS)] = "all"
-    """`all`, or GPU ids such as `0,1` (numbers or UUIDs). Docker only."""
+    """`all`, GPU ids such as `0,1` (numbers or UUIDs), or `none` for a container without GPUs. Docker only."""
     shm_size: Annotated[str, Field(pattern=r"^[1-9][0-9]*[mg]$")] = "2g"
     """Shared memory of the container: the python backend and NCCL live in it."""
     image: str | None = None
-    """A container image to use instead of the release's."""
+    """A container image to use instead of the release's for the runtime."""
+    response_cache_bytes: Annotated[int, Field(ge=2**20, le=2**44)] = 64 * 2**20
+    """Memory of the server's response cache, which there is where serving.response_cache is on."""
+    rate_limit_resources: dict[ResourceName, PositiveInt] = {}
+    """Resource of serving.rate_limiter -> how many of it the server has. Of those that are not listed it has as many as
+    the greediest execution takes."""
 
     @model_validator(mode="after")
     def _ports_differ(self) -> DeployConfig:
@@ -156,8 +162,8 @@ class DeployConfig(Strict):
 
     @property
     def gpu_ids(self) -> list[str] | None:
-        """The GPUs by id; None for all of them."""
-        return None if self.gpus == "all" else self.gpus.split(",")
+        """The GPUs by id; None for all of them, and an empty list for none."""
+        return {"all": None, "none": []}.get(self.gpus, self.gpus.split(","))
 
 
 class ValidationConfig(Strict):
@@ -248,6 +254,26 @@ class BuildConfig(Strict):
                 "serving.instances above 1 need one GPU each in serving.gpu_device_ids with runtime 'vllm' "
                 "(its backend cannot tell instances on several GPUs apart)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _an_engine_has_gpus(self) -> BuildConfig:
+        runtime = self.serving.runtime
+        if self.deploy.gpus == "none" and runtime in LLM_RUNTIMES and runtime != "reference":
+            raise ValueError(f"deploy.gpus is 'none', and runtime '{runtime}' needs GPUs")
+        return self
+
+    @model_validator(mode="after")
+    def _resources_suffice(self) -> BuildConfig:
+        limiter, there = self.serving.rate_limiter, self.deploy.rate_limit_resources
+        if there and limiter is None:
+            raise ValueError("deploy.rate_limit_resources needs serving.rate_limiter: nothing takes resources without it")
+        for name, count in limiter.resources.items() if limiter else ():
+            if there.get(name, count) < count:
+                raise ValueError(
+                    f"deploy.rate_limit_resources.{name} ({there[name]}) is less than one execution takes "
+                    f"(serving.rate_limiter.resources.{name}: {count})"
+                )
         return self
 
     @model_validator(mode="after")

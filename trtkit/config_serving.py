@@ -84,7 +84,8 @@ class ServingConfig(Strict):
     gpu_device_ids: list[Annotated[str, Field(pattern=_GPU_LIST)]] = []
     """GPUs of each instance, TP x PP ids each, such as `["0,1", "2,3"]`; empty leaves it to the runtime."""
     response_cache: bool = False
-    """Answer equal requests from the server's cache. Single answers only, and the server needs `--cache-config`."""
+    """Answer equal requests from the server's cache, which `trtkit deploy` gives deploy.response_cache_bytes. Single
+    answers only."""
     rate_limiter: RateLimiterConfig | None = None
     version_policy: Literal["all"] | PositiveInt | Annotated[list[PositiveInt], Field(min_length=1)] = 1
     """Versions that are served: the latest N, `all`, or a list of them."""

@@ -10,6 +10,7 @@ from trtkit.config_base import PositiveInt, Strict
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Bytes = Annotated[int, Field(ge=0, le=2**50)]
+ResourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 
 
 class QueueConfig(Strict):
@@ -43,9 +44,10 @@ class QueueConfig(Strict):
 
 
 class RateLimiterConfig(Strict):
-    """Shares what models compete for. Works only in a server that is started with `--rate-limit=execution_count`."""
+    """Shares what models compete for. `trtkit deploy` turns it on in the server, with
+    deploy.rate_limit_resources."""
 
-    resources: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")], PositiveInt] = {}
+    resources: dict[ResourceName, PositiveInt] = {}
     """Resource -> how many of it one execution takes."""
     priority: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     """A model with priority 2 gets half the turns of one with priority 1; 0 is as 1."""

@@ -1,4 +1,4 @@
-"""Releases: Triton containers for TensorRT-LLM and what is in them.
+"""Releases: Triton's containers and what is in them.
 
 The table is `releases.yaml`, from the "trtllm" rows of Triton's public compatibility matrix
 (triton-inference-server/server, docs/introduction/compatibility.md).
@@ -17,7 +17,15 @@ import yaml
 
 from trtkit.errors import InputError
 
-IMAGE = "nvcr.io/nvidia/tritonserver:{tag}-trtllm-python-py3"
+IMAGES = {
+    "trtllm": "nvcr.io/nvidia/tritonserver:{tag}-trtllm-python-py3",
+    "vllm": "nvcr.io/nvidia/tritonserver:{tag}-vllm-python-py3",
+    "plain": "nvcr.io/nvidia/tritonserver:{tag}-py3",
+}
+"""Kind of container -> its image (NVIDIA NGC, tritonserver; "Docker Images" in Triton's release notes). The first two
+have the backends of their name and python; the plain one has those for ONNX, PyTorch and TensorRT models, and python."""
+KINDS = {"tensorrtllm": "trtllm", "llmapi": "trtllm", "vllm": "vllm", "onnxruntime": "plain", "python": "plain"}
+"""Runtime -> the kind of container that has it."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,7 @@ class Release:
             TensorRT-LLM that built it.
         driver: NVIDIA driver that the matrix names; data-centre GPUs also run older branches through CUDA's forward
             compatibility package.
-        image: reference of the container image.
+        image: reference of the container image for TensorRT-LLM; `image_of` gives those for other runtimes.
     """
 
     tag: str
@@ -46,6 +54,10 @@ class Release:
         """Whether it still compiles engines: TensorRT-LLM 1.3 removed trtllm-build and the C++ backend."""
         major, minor = (int(part) for part in re.findall(r"\d+", self.tensorrt_llm)[:2])
         return (major, minor) < (1, 3)
+
+    def image_of(self, runtime: str) -> str:
+        """The image that has a runtime, one of `KINDS`."""
+        return IMAGES[KINDS[runtime]].format(tag=self.tag)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"has_engine_builder": self.has_engine_builder}
@@ -76,5 +88,5 @@ def _table() -> dict[str, Release]:
     found = {}
     for row in yaml.safe_load(text)["releases"]:
         for tag in row.pop("tags"):
-            found[tag] = Release(tag=tag, image=IMAGE.format(tag=tag), **row)
+            found[tag] = Release(tag=tag, image=IMAGES["trtllm"].format(tag=tag), **row)
     return dict(sorted(found.items(), reverse=True))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import queue
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +107,9 @@ def with_stand_in(files: Files, *, decoupled: bool = True) -> Files:
     return {**kept, "tensorrt_llm/config.pbtxt": pbtxt.dumps(config), "tensorrt_llm/1/model.py": STAND_IN}
 
 
-def generated(source: Path) -> Files:
-    config = parse_config("name: t\nmodel: {source: x}\nserving: {max_batch_size: 8}\n")
+def generated(source: Path, outputs: Sequence[str] = contract.EXTRA_OUTPUTS) -> Files:
+    settings = json.dumps({"max_batch_size": 8, "ensemble_outputs": list(outputs)})
+    config = parse_config(f"name: t\nmodel: {{source: x}}\nserving: {settings}\n")
     return with_stand_in(render_repository(config, tokenizer_dir=source, model_path_in_container="/models/engine"))
 
 
@@ -161,7 +162,8 @@ def ask(server: Server, requests: dict[str, list[Any]]) -> tuple[Pieces, list[st
             response = result.get_response()
             text = result.as_numpy("text_output")
             if text is not None:
-                index = int(result.as_numpy("batch_index").reshape(-1)[0])
+                rows = result.as_numpy("batch_index")
+                index = 0 if rows is None else int(rows.reshape(-1)[0])
                 pieces[response.id] += [(item.decode(), index) for item in text.reshape(-1)]
             finals += response.parameters["triton_final_response"].bool_param
         client.stop_stream()
@@ -190,6 +192,15 @@ def test_streams_at_the_same_time_do_not_mix(server: Server) -> None:
     assert errors == []
     for name, found in pieces.items():
         assert "".join(piece for piece, _ in found) == TEXTS[int(name.split("-")[0])]
+
+
+def test_without_batch_index_a_request_has_one_prompt(tmp_path: Path) -> None:
+    write_repository(generated(write_tokenizer(tmp_path / "source"), outputs=[]), tmp_path / "repository")
+    with serve(tmp_path / "repository", tmp_path) as lean:
+        pieces, errors = ask(lean, {"one": inputs([TEXTS[0]], **STREAM), "two": inputs(TEXTS[:2])})
+    assert "".join(piece for piece, _ in pieces["one"]) == TEXTS[0]
+    (error,) = errors
+    assert "the request has 2 prompts" in error
 
 
 def test_the_rows_of_one_request_do_not_mix(server: Server) -> None:

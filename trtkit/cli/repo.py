@@ -129,10 +129,17 @@ def generate(
     if as_json:
         print_json({"repository": str(target), "written": not dry_run, "files": sizes, "notes": told})
         return
-    print_table(["file", "bytes"], sorted(sizes.items()))
+    print_table(["model", "files", "bytes"], _by_model(sizes))
     for line in told:
         note(line)
     note(f"{'would write' if dry_run else 'wrote'} {len(files)} files to {target}")
+
+
+def _by_model(sizes: dict[str, int]) -> list[tuple[str, int, int]]:
+    """Rows of model, number of files and their bytes. `--json` has every file."""
+    models = sorted({name.partition("/")[0] for name in sizes if "/" in name})
+    found = [[size for name, size in sizes.items() if name.startswith(f"{model}/")] for model in models]
+    return [(model, len(files), sum(files)) for model, files in zip(models, found, strict=True)]
 
 
 def _config(file: Path, runtime: str | None, topology: str | None) -> BuildConfig:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ipaddress import IPv6Address
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from trtkit.config import BuildConfig
 
 ModelControl = Literal["none", "poll"]
 
@@ -29,6 +32,7 @@ def server_arguments(
     cache_directory: str | None = None,
     log_verbose: int = 0,
     model_control: ModelControl = "none",
+    features: Sequence[str] = (),
 ) -> list[str]:
     """Arguments of a server that serves everything in `repository` and lets no client change that.
 
@@ -41,6 +45,7 @@ def server_arguments(
             may not. Once a version failed to load, a strictly ready server would report itself as not ready for
             ever, although the version before it serves on; a polling one is ready when it takes requests, and
             every model is asked by itself.
+        features: further arguments (see `features_of`).
     """
     control = ["--model-control-mode=none", "--strict-readiness=true"]
     if model_control == "poll":
@@ -66,7 +71,20 @@ def server_arguments(
         arguments.append(f"--backend-directory={backend_directory}")
     if cache_directory is not None:
         arguments.append(f"--cache-directory={cache_directory}")
-    return arguments
+    return [*arguments, *features]
+
+
+def features_of(config: BuildConfig) -> tuple[str, ...]:
+    """Arguments for what a build config wants of the server beside its models: response cache and rate limiter. Both
+    are off in a server that is not told, whatever its models' configurations say."""
+    arguments = []
+    if config.serving.response_cache:
+        arguments.append(f"--cache-config=local,size={config.deploy.response_cache_bytes}")
+    if config.serving.rate_limiter is not None:
+        arguments.append("--rate-limit=execution_count")
+        resources = config.deploy.rate_limit_resources
+        arguments += [f"--rate-limit-resource={name}:{count}" for name, count in resources.items()]
+    return tuple(arguments)
 
 
 def mpi_command(

@@ -48,6 +48,7 @@ class ServerSpec:
         log_verbose: the server's verbosity, 0 to 3.
         transient: of a run that is over with this process: its record is forgotten some time after that.
         model_control: `poll` has the server take over what changes in the repository.
+        features: further arguments of the server (`trtkit.deploy.command.features_of`).
     """
 
     name: str
@@ -64,6 +65,7 @@ class ServerSpec:
     log_verbose: int = 0
     transient: bool = False
     model_control: ModelControl = "none"
+    features: tuple[str, ...] = ()
 
     @property
     def ports(self) -> tuple[int, int, int]:
@@ -168,6 +170,7 @@ def command_of(
             cache_directory=str(server.caches) if server.caches else None,
             log_verbose=spec.log_verbose,
             model_control=spec.model_control,
+            features=spec.features,
         ),
     ]
 

@@ -89,7 +89,7 @@ class Reader:
                 settings.end_ids if ask.end_ids is None else ask.end_ids,
                 bad_words,
                 ask.log_probs,
-                # Stop words are found here, in the text: an engine that told the whole answer at once would go on to its end.
+                # Stop words are found here, in the text, as it comes: they end the engine's work too.
                 ask.streams or (self._decoupled and bool(ask.stop_words)),
             )
             self._engine.check(job)

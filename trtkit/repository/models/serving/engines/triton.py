@@ -14,6 +14,7 @@ import queue
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,9 @@ BLS (`--backend-config=python,thread-pool-size`), and a stop must always find a 
 STOP_AGAIN_S = 0.05
 """A stop that was faster than the request it should stop does nothing, so it is repeated until the sequence ends."""
 CLOSE_S = 10.0
+KEPT_S = 5.0
+"""How long responses are kept after the last one. Servers before 25.01 let go of them in a thread of their own, without
+Python's lock, which corrupts Python's memory if that is the last reference; so the last one has to be here."""
 
 
 class _Run:
@@ -69,6 +73,7 @@ class Engine:
         self._lock = threading.Lock()
         self._runs: dict[int, _Run] = {}  # under the lock, as the threads
         self._threads: list[threading.Thread] = []
+        self._kept: deque[tuple[float, Any]] = deque()
         self._stopper = threading.Thread(target=self._send_stops, name="stops", daemon=True)
         self._stopper.start()
 
@@ -130,15 +135,28 @@ class Engine:
         with self._entrance:
             run.sent = True
             responses = request.exec(decoupled=True)  # comes back with the first response
+        answered = False
         # The loop goes on after an end: an iterator that is not used up waits for its last response anyway.
         for response in responses:
+            answered = True
             if response.has_error():
                 code = _CODES.get(response.error().code(), "INTERNAL")
                 self._mail.put(Step(job.key, error=f"{self._model}: {response.error().message()}", code=code))
             elif self._mail.is_open(job.key) and response.output_tensors():
                 self._mail.put(_read(run, response))
+        self._keep(responses)
+        if not answered:  # two calls that fail at once get one error between them (Triton 2.51)
+            self._mail.put(Step(job.key, error=f"{self._model}: no response"))
         # A model does not say why it ended; all that is left is an end id that it kept to itself.
         self._mail.put(Step(job.key, finish="stop"))
+
+    def _keep(self, responses: Any) -> None:
+        now = time.monotonic()
+        with self._lock:
+            self._kept.append((now, responses))
+            gone = []
+            while self._kept[0][0] < now - KEPT_S:
+                gone.append(self._kept.popleft())
 
     def _request(self, name: str, inputs: dict[str, Array], outputs: list[str]) -> Any:
         return pb_utils.InferenceRequest(
@@ -209,6 +227,7 @@ class Engine:
         try:
             responses = self._request(run.name, inputs, ["sequence_length"]).exec(decoupled=True)
             wrong = [response.error().message() for response in responses if response.has_error()]
+            self._keep(responses)
         except Exception as error:
             wrong = [repr(error)]
         if wrong and not run.over:
