@@ -1,5 +1,8 @@
 """From a build config to finished artifacts: checkpoint, then engine, each made once per set of inputs.
 
+What is made depends on the runtime: a TRT-LLM checkpoint and an engine (tensorrtllm), the checkpoint alone (reference),
+a quantised Hugging Face checkpoint (llmapi, vllm), or nothing, where the source is served as it is.
+
 The artifact store names every output by the digest of all that determines it, so a rerun reuses what is finished, and a
 crash costs only the step that it interrupted.
 """
@@ -24,10 +27,11 @@ from trtkit.convert.source import asked_quantization, plan_conversion
 from trtkit.convert.verify import verify
 from trtkit.engine.builders import BuildCommand, compile_into, plan_build
 from trtkit.errors import CheckFailedError, InputError
-from trtkit.quantized import Settings, check_runs, write_quantized
+from trtkit.quantized import Settings, check_runs, write_export, write_quantized
 from trtkit.store import ArtifactStore, digest
 
-SKIPPED = "the reference runtime executes the checkpoint itself, so there is no engine to compile"
+EXPORTED = ("llmapi", "vllm")
+"""Runtimes that load Hugging Face checkpoints, and split them over GPUs themselves."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class BuildPlan:
     Attributes:
         source: the opened source.
         conversion: source -> checkpoint.
+        exports: the checkpoint is a quantised Hugging Face checkpoint, and not one of TRT-LLM.
         checkpoint_dir: where the checkpoint is or will be, in the store.
         checkpoint_inputs, engine_inputs: all that determines the two artifacts.
         engine_dir, command: where the engine goes and what compiles it; None for runtimes without an engine.
@@ -50,6 +55,18 @@ class BuildPlan:
     engine_inputs: dict[str, Any] | None
     engine_dir: Path | None
     command: BuildCommand | None
+
+    @property
+    def exports(self) -> bool:
+        return self.config.serving.runtime in EXPORTED
+
+    @property
+    def skipped(self) -> str | None:
+        """Why there is no engine; None where there is one."""
+        if self.command is not None:
+            return None
+        runtime = self.config.serving.runtime
+        return f"no engine step: runtime '{runtime}' executes the checkpoint itself"
 
 
 @dataclass(frozen=True)
@@ -70,19 +87,44 @@ class Built:
         }
 
 
+def nothing_to_build(config: BuildConfig) -> str | None:
+    """Why a config needs no build: its runtime serves the source itself. None when there is something to build.
+
+    Raises:
+        InputError: there is no such source.
+    """
+    runtime, serving = config.serving.runtime, config.serving
+    if runtime in ("onnxruntime", "python"):
+        chosen = serving.onnx.model if runtime == "onnxruntime" else serving.python.model
+        file = Path(chosen or config.model.source)
+        if not file.is_file():
+            raise InputError(f"there is no file {file} for runtime '{runtime}' to serve", "check model.source")
+        return f"nothing to build: runtime '{runtime}' serves {file} itself"
+    if runtime in EXPORTED and not _quantizes(config):
+        source = config.model.source
+        if not Path(source).is_dir() and not hf.is_hub_id(source):
+            fix = "give a folder, or a hub id such as owner/name"
+            raise InputError(f"source '{source}' is nothing that runtime '{runtime}' can serve", fix)
+        return f"nothing to build: runtime '{runtime}' serves {source} itself"
+    return None
+
+
 def plan(config: BuildConfig, store: ArtifactStore) -> BuildPlan:
     """What `run` will do, after opening the source by its headers.
 
     Raises:
-        InputError: the source is damaged, or the config asks for what model or release cannot do.
+        InputError: the source is damaged, the config asks for what model or release cannot do, or there is nothing to
+            build (see `nothing_to_build`).
         LacksError: the source cannot be downloaded.
     """
+    if reason := nothing_to_build(config):
+        raise InputError(reason, "serve it: `trtkit repo generate`, then `trtkit deploy up`")
     source = hf.open_source(config.model.source, revision=config.model.revision)
-    conversion = plan_conversion(source, config.checkpoint)
     _check_quantization(config, source)
-    checkpoint_inputs = {"source": source.identity(), "config": conversion.config, "trtkit": __version__}
-    if _quantizes(config):
-        checkpoint_inputs["calibration"] = _calibration_identity(config)
+    if config.serving.runtime in EXPORTED:
+        return _plan_export(config, source, store)
+    conversion = plan_conversion(source, config.checkpoint)
+    checkpoint_inputs = _checkpoint_inputs(config, source, conversion)
     checkpoint_dir = store.path("checkpoint", checkpoint_inputs)
     if config.serving.runtime != "tensorrtllm":
         return BuildPlan(config, source, conversion, checkpoint_inputs, checkpoint_dir, None, None, None)
@@ -98,6 +140,27 @@ def plan(config: BuildConfig, store: ArtifactStore) -> BuildPlan:
     engine_dir = store.path("engine", engine_inputs)
     command = replace(planned, engine_dir=engine_dir)
     return BuildPlan(config, source, conversion, checkpoint_inputs, checkpoint_dir, engine_inputs, engine_dir, command)
+
+
+def _plan_export(config: BuildConfig, source: hf.Source, store: ArtifactStore) -> BuildPlan:
+    """The plan of a quantised Hugging Face checkpoint, which is never split."""
+    whole = {"tp": 1, "pp": 1, "ep": 1, "parallel_embedding": "none"}
+    conversion = plan_conversion(source, config.checkpoint.model_copy(update=whole))
+    asked = asked_quantization(config.checkpoint)
+    if config.checkpoint.quantization.max_perplexity_increase and not asked.makes_tensors:
+        raise InputError(
+            f"{asked.format or 'a KV cache'} is made when the runtime loads it, so its accuracy cannot be "
+            "measured before",
+            "leave out checkpoint.quantization.max_perplexity_increase",
+        )
+    inputs = {**_checkpoint_inputs(config, source, conversion), "layout": "huggingface"}
+    return BuildPlan(config, source, conversion, inputs, store.path("checkpoint", inputs), None, None, None)
+
+
+def _checkpoint_inputs(config: BuildConfig, source: hf.Source, conversion: Plan) -> dict[str, Any]:
+    """All that determines a checkpoint."""
+    inputs = {"source": source.identity(), "config": conversion.config, "trtkit": __version__}
+    return {**inputs, "calibration": _calibration_identity(config)} if _quantizes(config) else inputs
 
 
 def run(
@@ -119,11 +182,13 @@ def run(
     """
 
     def make_checkpoint(folder: Path) -> None:
-        on_step(f"converting {planned.source.path.name}")
+        on_step(f"{'exporting' if planned.exports else 'converting'} {planned.source.path.name}")
         if _quantizes(planned.config):
             _quantize(planned, folder, on_step)
         else:
             write_checkpoint(planned.conversion, planned.source, folder, on_progress=on_progress)
+        if planned.exports:
+            return
         on_step("reading the checkpoint back")
         result = verify(planned.source, open_checkpoint(folder))
         if not result.passed:
@@ -150,7 +215,7 @@ def find(config: BuildConfig, store: ArtifactStore) -> Built:
     """The finished artifacts of a config.
 
     Raises:
-        InputError: they have not been built, or the source or config changed since.
+        InputError: they have not been built, the source or config changed since, or there is nothing to build.
     """
     planned = plan(config, store)
     checkpoint_dir = store.get("checkpoint", planned.checkpoint_inputs)
@@ -196,7 +261,8 @@ def _quantize(planned: BuildPlan, folder: Path, on_step: Callable[[str], None]) 
             told = what
             on_step(what)
 
-    write_quantized(planned.conversion, planned.source, folder, settings, on_step=tell)
+    write = write_export if planned.exports else write_quantized
+    write(planned.conversion, planned.source, folder, settings, on_step=tell)
 
 
 def _check_accuracy(config: BuildConfig, checkpoint_dir: Path) -> None:

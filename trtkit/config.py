@@ -267,7 +267,7 @@ class BuildConfig(Strict):
     def _resources_suffice(self) -> BuildConfig:
         limiter, there = self.serving.rate_limiter, self.deploy.rate_limit_resources
         if there and limiter is None:
-            raise ValueError("deploy.rate_limit_resources needs serving.rate_limiter: nothing takes resources without it")
+            raise ValueError("deploy.rate_limit_resources needs serving.rate_limiter, which takes them")
         for name, count in limiter.resources.items() if limiter else ():
             if there.get(name, count) < count:
                 raise ValueError(

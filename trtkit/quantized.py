@@ -268,16 +268,38 @@ def export_quantized(
 ) -> dict[str, Any]:
     """A checkpoint in the Hugging Face layout for the `llmapi` runtime; the accuracy report, empty where its format is
     one that the runtime quantises itself when it loads."""
-    from trtkit.quantize.fit import Effort
     from trtkit.quantize.huggingface import check_target as check_export
     from trtkit.quantize.huggingface import export
+
+    check_export(out, source, replace=replace)
+    how = _export_work(plan, source, settings, options or Options(), on_step)
+    export(plan, source, out, replace=replace, **how)
+    return _report(out)
+
+
+def write_export(
+    plan: Plan,
+    source: Source,
+    folder: Path,
+    settings: Settings,
+    *,
+    on_step: OnStep = lambda what, unit, done, total: None,
+) -> dict[str, Any]:
+    """The same into an existing folder that the caller publishes; the accuracy report."""
+    from trtkit.quantize.huggingface import export_into
+
+    export_into(plan, source, folder, **_export_work(plan, source, settings, Options(), on_step))
+    return _report(folder)
+
+
+def _export_work(plan: Plan, source: Source, settings: Settings, options: Options, on_step: OnStep) -> dict[str, Any]:
+    """Keyword arguments of `trtkit.quantize.huggingface.export_into`."""
+    from trtkit.quantize.fit import Effort
     from trtkit.quantize.huggingface_layout import HuggingFaceLayout
 
     HuggingFaceLayout(plan.config)
-    check_export(out, source, replace=replace)
-    work = prepare(plan, source, settings, options or Options(), on_step)
+    work = prepare(plan, source, settings, options, on_step)
     made = checkpoint_quantization(plan.config).makes_tensors
-    effort = Effort(correct=settings.thorough)
 
     def measured(folder: Path) -> None:
         """Measured through the TRT-LLM checkpoint that the written files are equal to."""
@@ -289,20 +311,15 @@ def export_quantized(
             work.measure(checkpoint)
             shutil.copyfile(checkpoint / ACCURACY, folder / ACCURACY)
 
-    export(
-        plan,
-        source,
-        out,
-        calibration=work.calibration,
-        effort=effort,
-        device=work.device,
-        options=work.options,
-        replace=replace,
-        on_layer=lambda done, total: on_step("quantising", "layers", done, total),
-        on_progress=lambda done, total: on_step("writing the files", "bytes", done, total) if done else None,
-        on_written=measured,
-    )
-    return _report(out)
+    return {
+        "calibration": work.calibration,
+        "effort": Effort(correct=settings.thorough),
+        "device": work.device,
+        "options": work.options,
+        "on_layer": lambda done, total: on_step("quantising", "layers", done, total),
+        "on_progress": lambda done, total: on_step("writing the files", "bytes", done, total) if done else None,
+        "on_written": measured,
+    }
 
 
 def import_export(

@@ -22,8 +22,9 @@ IMAGES = {
     "vllm": "nvcr.io/nvidia/tritonserver:{tag}-vllm-python-py3",
     "plain": "nvcr.io/nvidia/tritonserver:{tag}-py3",
 }
-"""Kind of container -> its image (NVIDIA NGC, tritonserver; "Docker Images" in Triton's release notes). The first two
-have the backends of their name and python; the plain one has those for ONNX, PyTorch and TensorRT models, and python."""
+"""Kind of container -> its image in NVIDIA's registry. The first two have the backend of their name and python; the
+plain one has python and those for ONNX, PyTorch and TensorRT models. Sources: triton-inference-server/server,
+docs/customization_guide/compose.md; vllm_backend, README.md."""
 KINDS = {"tensorrtllm": "trtllm", "llmapi": "trtllm", "vllm": "vllm", "onnxruntime": "plain", "python": "plain"}
 """Runtime -> the kind of container that has it."""
 

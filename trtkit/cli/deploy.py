@@ -31,8 +31,15 @@ def _server_options(function: _Function) -> _Function:
         click.option("--name", help="Of the deployment; by default that of CONFIG."),
         click.option("--tritonserver", metavar="PATH", help="Executable to use.  [local]"),
         click.option("--pass-env", multiple=True, metavar="NAME", help="Variable that the server may see; repeatable."),
-        click.option("--engine", type=_path, help="Engine to mount into the container.  [docker]"),
-        click.option("--model-path-in-container", metavar="PATH", help="Where to mount the engine.  [docker]"),
+        click.option(
+            "--engine",
+            "--checkpoint",
+            "engine",
+            type=_path,
+            help="Engine, or Hugging Face checkpoint of llmapi and vllm, to mount into the container; by default what "
+            "the repository names.  [docker]",
+        ),
+        click.option("--model-path-in-container", metavar="PATH", help="Where to mount it.  [docker]"),
         click.option("--user", help="User inside the container, such as 1000:1000.  [docker]"),
     ]
     for option in reversed(options):

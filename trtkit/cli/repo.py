@@ -49,7 +49,7 @@ for _extra in (
     "--checkpoint",
     type=_folder,
     help="TRT-LLM checkpoint, for runtime 'reference', by default from the artifact store; Hugging Face checkpoint, "
-    "for 'llmapi' and 'vllm', by default model.source.",
+    "for 'llmapi' and 'vllm', by default model.source, or what was quantised of it in the artifact store.",
 )
 @click.option("--engine", type=_folder, help="Engine, for runtime 'tensorrtllm'; by default from the artifact store.")
 @click.option("--store", "root", type=_folder, help="Artifact store [default: $TRTKIT_STORE].")
@@ -153,13 +153,15 @@ def _config(file: Path, runtime: str | None, topology: str | None) -> BuildConfi
 
 def _needs_build(config: BuildConfig) -> bool:
     """The runtime executes something that `trtkit build` makes."""
-    return config.serving.runtime in ("tensorrtllm", "reference")
+    from trtkit.build import nothing_to_build
+
+    return nothing_to_build(config) is None
 
 
 def _checked_checkpoint(config: BuildConfig, folder: Path | None) -> Path | None:
     from trtkit.checkpoint import read_checkpoint_config
 
-    if folder is not None and _needs_build(config):
+    if folder is not None and config.serving.runtime in ("tensorrtllm", "reference"):
         read_checkpoint_config(folder)
     return folder
 

@@ -100,8 +100,9 @@ class ServerError(TrtkitError):
     """The server answered a request with an error.
 
     Attributes:
-        status: HTTP status (`400`) or gRPC status name (`INVALID_ARGUMENT`); empty where the server gives none. Over
-            HTTP an error behind the first piece of a stream is an event of an answer whose status is `200`.
+        status: HTTP status (`400`) or gRPC status name (`INVALID_ARGUMENT`). An error in an open stream has none: over
+            gRPC it is empty then, or `UNAVAILABLE` where the message says that a queue is full or a deadline over; over
+            HTTP it is `200`, that of the answer whose event it is.
         message: the server's own words.
     """
 

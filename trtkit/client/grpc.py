@@ -28,9 +28,13 @@ T = TypeVar("T")
 
 _END_S = 2.0
 
-_STATUS = (("triton_grpc_error", "true"),)
-"""Asks for an error as the status of the stream, which has a code, instead of as a message in it, which has none. Older
-servers do not know this and send the message."""
+_UNAVAILABLE = (
+    "the queue is full", "the deadline is exceeded", "the model is being unloaded",
+    "Exceeds maximum queue size", "Request timeout expired",
+)  # fmt: skip
+"""What the model `llm`, and Triton's own batcher, say to a request that may be sent again later. An error in a stream has
+no code. (A client can ask for one with the header `triton_grpc_error`, but Triton 2.51 may then die: it takes the end
+of such a stream for a cancellation.)"""
 _OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -143,13 +147,14 @@ class GrpcClient(Client[Any]):
             answer = await self._call("ModelInfer", message, timeout_s, model)
             yield time.perf_counter_ns(), answer
             return
-        call = self._connected().ModelStreamInfer(iter([message]), timeout=timeout_s, metadata=_STATUS)
+        call = self._connected().ModelStreamInfer(iter([message]), timeout=timeout_s)
         try:
             while answer := await self._guarded(call.read, model, timeout_s):
                 received_ns = time.perf_counter_ns()
                 if answer.error_message:
                     await _end(call)
-                    raise api.ServerError(answer.error_message, model=model)
+                    status = "UNAVAILABLE" if any(words in answer.error_message for words in _UNAVAILABLE) else ""
+                    raise api.ServerError(answer.error_message, status=status, model=model)
                 yield received_ns, answer.infer_response
         finally:
             call.cancel()  # nothing happens when the call is done

@@ -13,6 +13,8 @@ used below (all of NVIDIA/TensorRT-LLM unless said otherwise):
 - Q: tensorrt_llm/quantization/quantize.py, which modules each algorithm swaps.
 - R: docs/source/release-notes.md, the version that is named.
 - S: docs/source/reference/support-matrix.md, "Hardware".
+- V: vllm-project/vllm, docs/features/quantization/modelopt.md (which formats of ModelOpt it reads) and README.md there
+  (which GPUs).
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ from trtkit.convert.quantization import FORMATS, Quantization, get
 from trtkit.errors import InputError
 from trtkit.untrusted import printable
 
-ENGINE, LLMAPI, REFERENCE = "tensorrtllm", "llmapi", "reference"
-RUNTIMES = (ENGINE, LLMAPI, REFERENCE)
+ENGINE, LLMAPI, VLLM, REFERENCE = "tensorrtllm", "llmapi", "vllm", "reference"
+RUNTIMES = (ENGINE, LLMAPI, VLLM, REFERENCE)
 """Runtimes that take a quantised checkpoint of ours. `reference` runs all of them, on a CPU."""
 
 Version = tuple[int, int]
@@ -79,6 +81,7 @@ ROWS = (
     Row(LLMAPI, ("int4_awq", "w4a8_awq"), (100, 103), (1, 3)),  # M
     Row(LLMAPI, ("fp8_rowwise",), _HOPPER, (0, 21)),  # R 0.21; D
     Row(LLMAPI, ("int8_wo", "int4_wo"), (*_AMPERE, *_ADA, *_HOPPER), (1, 0)),  # R 1.0: "Weight-Only-Quantization [...]"
+    Row(VLLM, _FP8, (*_ADA, *_HOPPER, 100, 103, 120, 121)),  # V
     Row(LLMAPI, (_FP8_KV,), (*_AMPERE, *_ADA, *_HOPPER, 100, 103, 120, 121), (0, 17)),  # R 0.17; D: every generation
 )
 
@@ -271,6 +274,8 @@ def _row_problem(name: str, target: Target, version: Version | None) -> str:
 
 
 def _mixed_problem(q: Quantization, target: Target, version: Version | None) -> str:
+    if target.runtime == VLLM:
+        return "vLLM reads no mixed precision of ModelOpt's"
     # R 0.15: "AutoQ (mixed precision)"; R 0.19: "mixed precision quantization support" of the PyTorch workflow.
     since = (0, 15) if target.runtime == ENGINE else (0, 19)
     if version and version < since:

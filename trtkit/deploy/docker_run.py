@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtkit import releases
-from trtkit.deploy import engine_mount, state
-from trtkit.deploy.command import mpi_command, server_arguments
+from trtkit.config_serving import LLM_RUNTIMES
+from trtkit.deploy import model_mount, runtimes, state
+from trtkit.deploy.command import features_of, mpi_command, server_arguments
 from trtkit.deploy.supervisor import STOP_MARGIN_S
 from trtkit.docker_cli import ULIMITS, Mount, gpus_option
 from trtkit.errors import InputError
@@ -38,7 +39,9 @@ class DockerRun:
     Attributes:
         name: of the deployment; the container is `trtkit-<name>`.
         ports: on this machine, of HTTP, gRPC and metrics.
+        gpus: `--gpus`; None for a container without any.
         command: what runs inside.
+        environment: variables with values, as `NAME=VALUE`; none of them a secret.
         pass_environment: variables handed on by name, so that no value stands in an argument list.
         user: `--user`; None keeps the image's.
         stop_timeout_s: from SIGTERM to SIGKILL.
@@ -50,13 +53,14 @@ class DockerRun:
     host: str
     ports: tuple[int, int, int]
     mounts: tuple[Mount, ...]
-    gpus: str
+    gpus: str | None
     shm_size: str
     command: tuple[str, ...]
     pass_environment: tuple[str, ...]
     user: str | None
     stop_timeout_s: int
     findings: tuple[Finding, ...] = ()
+    environment: tuple[str, ...] = ()
 
     @property
     def container(self) -> str:
@@ -76,13 +80,15 @@ class DockerRun:
         argv += ["--label", f"{LABEL}={self.name}"]
         if start is not None:
             argv += ["--label", f"{START_LABEL}={start}"]
-        argv += ["--stop-timeout", str(self.stop_timeout_s), "--gpus", self.gpus, "--shm-size", self.shm_size]
+        argv += ["--stop-timeout", str(self.stop_timeout_s)]
+        argv += [] if self.gpus is None else ["--gpus", self.gpus]
+        argv += ["--shm-size", self.shm_size]
         argv += ULIMITS
         for outside, inside in zip(self.ports, INSIDE, strict=True):
             argv += ["--publish", f"{address}:{outside}:{inside}"]
         for mount in self.mounts:
             argv += ["--mount", mount.option()]
-        for variable in self.pass_environment:
+        for variable in (*self.environment, *self.pass_environment):
             argv += ["--env", variable]
         if self.user is not None:
             argv += ["--user", self.user]
@@ -117,15 +123,17 @@ def render(
 
     Args:
         repository: mounted read-only at its own path.
-        engine: mounted read-only where the repository's `gpt_model_path` looks: `model_path_in_container`, else its
-            own path.
+        engine: engine or Hugging Face checkpoint, mounted read-only where the repository looks for it:
+            `model_path_in_container`, else its own path. None mounts what the repository names, from the same path of
+            this machine or from the hub's cache.
         ports: on this machine; None takes those of the config, with Triton's 8000, 8001 and 8002 for 0.
         pass_environment: variables to hand on, such as `HF_TOKEN`; their values stay out of the command.
         user: as in `docker run --user`.
 
     Raises:
-        InputError: a runtime that needs trtkit inside, GPUs that do not fit, a name that cannot be handed on, a folder
-            without an engine, or one mounted elsewhere than the repository looks.
+        InputError: a runtime that needs trtkit inside, a repository for another server, GPUs that do not fit, a name
+            that cannot be handed on, a folder without an engine or checkpoint, or one mounted elsewhere than the
+            repository looks.
     """
     if config.serving.runtime == "reference":
         raise InputError(
@@ -133,40 +141,43 @@ def render(
             "use --target local, or serving.runtime: tensorrtllm",
         )
     deploy = config.deploy
-    world_size = config.checkpoint.tp * config.checkpoint.pp
     chosen = state.folder_of(name or config.name).name
-    mounts = _mounts(repository, engine, model_path_in_container)
     for variable in pass_environment:
         if _VARIABLE.fullmatch(variable) is None:
             raise InputError(f"'{variable}' is not the name of a variable", "give the name alone, without a value")
-    resolved = None if engine is None else mounts[1].source
+    models = Path(repository).resolve()
+    mounts, environment, findings = _mounts(config, models, engine, model_path_in_container)
+    if deploy.image is None:
+        runtimes.check_container(models, config.serving.runtime)
     wanted = zip((deploy.http_port, deploy.grpc_port, deploy.metrics_port), INSIDE, strict=True)
     http, grpc, metrics = ports or (port or inside for port, inside in wanted)
     return DockerRun(
         name=chosen,
-        image=deploy.image or releases.get(deploy.release).image,
+        image=deploy.image or releases.get(deploy.release).image_of(config.serving.runtime),
         host=_publishable(deploy.host),
         ports=(http, grpc, metrics),
-        mounts=tuple(mounts),
-        gpus=gpus_option(_enough_gpus(deploy.gpu_ids, world_size)),
+        mounts=mounts,
+        gpus=_gpus(config),
         shm_size=deploy.shm_size,
-        command=_command(config, str(mounts[0].source), f"{chosen}_", world_size),
+        command=_command(config, str(models), f"{chosen}_"),
         pass_environment=tuple(pass_environment),
         user=user,
         stop_timeout_s=deploy.exit_timeout_s + int(STOP_MARGIN_S),
-        findings=tuple(engine_mount.check(mounts[0].source, resolved, mounts[-1].target)),
+        findings=findings,
+        environment=environment,
     )
 
 
-def _command(config: BuildConfig, repository: str, shm_prefix: str, world_size: int) -> tuple[str, ...]:
-    """What runs inside the container.
+def _command(config: BuildConfig, repository: str, shm_prefix: str) -> tuple[str, ...]:
+    """What runs inside the container. Only engines need a server per GPU: the other runtimes start their own workers.
 
     Raises:
         InputError: several MPI ranks that would poll: each would take over a change at a time of its own.
     """
-    if config.deploy.model_control == "poll" and world_size > 1:
+    ranks = config.checkpoint.tp * config.checkpoint.pp if config.serving.runtime == "tensorrtllm" else 1
+    if config.deploy.model_control == "poll" and ranks > 1:
         raise InputError(
-            f"deploy.model_control 'poll' cannot swap versions of an engine with {world_size} MPI ranks",
+            f"deploy.model_control 'poll' cannot swap versions of an engine with {ranks} MPI ranks",
             "leave it at 'none', and start a second deployment for the new version",
         )
     arguments = server_arguments(
@@ -178,8 +189,10 @@ def _command(config: BuildConfig, repository: str, shm_prefix: str, world_size: 
         exit_timeout_s=config.deploy.exit_timeout_s,
         shm_prefix=shm_prefix,
         model_control=config.deploy.model_control,
+        features=features_of(config),
     )
-    return tuple(mpi_command("tritonserver", arguments, world_size=world_size, shm_prefix=shm_prefix))
+    holder = "llm" if config.serving.layout == "fused" else "tensorrt_llm"
+    return tuple(mpi_command("tritonserver", arguments, world_size=ranks, shm_prefix=shm_prefix, llm_models=(holder,)))
 
 
 def _publishable(host: str) -> str:
@@ -199,20 +212,28 @@ def _publishable(host: str) -> str:
         ) from None
 
 
-def _mounts(repository: str | Path, engine: str | Path | None, target: str | None) -> list[Mount]:
-    mounts = [Mount(Path(repository).resolve(), str(Path(repository).resolve()))]
-    if engine is not None:
-        mounts.append(Mount(Path(engine).resolve(), target or str(Path(engine).resolve())))
-    for mount in mounts:
-        if not mount.target.startswith("/"):
-            raise InputError(f"'{mount.target}' is not an absolute path inside the container", "begin it with /")
-    return mounts
+def _mounts(
+    config: BuildConfig, repository: Path, engine: str | Path | None, target: str | None
+) -> tuple[tuple[Mount, ...], tuple[str, ...], tuple[Finding, ...]]:
+    """The repository first, what it names, and the variables and warnings that come with it."""
+    given = None if engine is None else Path(engine).resolve()
+    if target is not None and not target.startswith("/"):
+        raise InputError(f"'{target}' is not an absolute path inside the container", "begin it with /")
+    adapters = config.serving.lora.adapters if config.serving.lora else {}
+    found, environment, findings = model_mount.check(repository, given, target, tuple(adapters.values()))
+    variables = tuple(f"{name}={value}" for name, value in environment.items())
+    return (Mount(repository, str(repository)), *found), variables, tuple(findings)
 
 
-def _enough_gpus(ids: Sequence[str] | None, world_size: int) -> Sequence[str] | None:
+def _gpus(config: BuildConfig) -> str | None:
+    """Value of `--gpus`: at least as many as tp times pp. What is no language model takes what there is."""
+    ids = config.deploy.gpu_ids
+    if ids == []:
+        return None
+    world_size = config.checkpoint.tp * config.checkpoint.pp if config.serving.runtime in LLM_RUNTIMES else 1
     if ids is not None and len(set(ids)) < world_size:
         raise InputError(
             f"deploy.gpus '{','.join(ids)}' names {len(set(ids))} GPUs, and tp times pp needs {world_size}",
             "name one per rank, or `all`",
         )
-    return ids
+    return gpus_option(ids)

@@ -20,7 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trtkit.deploy import launch, processes, readiness, serverlog, state
+from trtkit.deploy import launch, processes, readiness, runtimes, serverlog, state
+from trtkit.deploy.command import features_of
 from trtkit.deploy.deployment import Deployment, damaged, from_record, settled, unknown
 from trtkit.deploy.launch import Progress, ServerSpec
 from trtkit.deploy.server import find_server
@@ -72,15 +73,23 @@ def spec_from_config(config: BuildConfig, repository: str | Path, name: str | No
         ready_timeout_s=deploy.ready_timeout_s,
         exit_timeout_s=deploy.exit_timeout_s,
         model_control=deploy.model_control,
+        features=features_of(config),
     )
 
 
 def plan(spec: ServerSpec) -> list[str]:
     """The command that `up` would run, with 0 for ports that are yet to be chosen. Starts and changes nothing."""
-    repository = Path(spec.repository).expanduser().resolve()
-    readiness.models_of(repository)
+    repository = _runnable(spec)
     state.folder_of(spec.name)
     return launch.command_of(replace(spec, repository=repository), find_server(spec.tritonserver), spec.ports, "TOKEN")
+
+
+def _runnable(spec: ServerSpec) -> Path:
+    """The repository of a deployment, if this machine can execute its models."""
+    repository = Path(spec.repository).expanduser().resolve()
+    readiness.models_of(repository)
+    runtimes.check_local(repository, find_server(spec.tritonserver))
+    return repository
 
 
 def up(spec: ServerSpec, *, wait: bool = True, on_progress: Progress | None = None) -> Deployment:
@@ -92,10 +101,11 @@ def up(spec: ServerSpec, *, wait: bool = True, on_progress: Progress | None = No
 
     Raises:
         InputError: already running, no model in the repository, a bad host or name.
-        LacksError: no tritonserver, a port is taken.
+        LacksError: no tritonserver, or one that cannot execute the models; a port is taken.
         CheckFailedError: the server died, or was not ready in time; the cause quotes its log.
     """
     _reap_left_running()
+    _runnable(spec)
     started = launch.start(spec, wait=wait, on_progress=on_progress)
     started.detach()
     _left_running.append(started.supervisor)

@@ -196,34 +196,67 @@ def export(
         InputError: see `write_huggingface`; or `out` may not be written to.
     """
     options = options or Options()
-    layout = HuggingFaceLayout(plan.config)
+    HuggingFaceLayout(plan.config)
     check_target(out, source, replace=replace)
-    identity = source.identity()
-    key = digest({"runtime": "llmapi", "source": identity, "config": plan.config, "options": asdict(options)})
+    key = digest({"runtime": "llmapi", "source": source.identity(), "config": plan.config, "options": asdict(options)})
     with atomic_dir(out, replace=replace, resume=key) as folder:
-        for leftover in folder.iterdir():
-            if leftover.name != WORK:
-                leftover.unlink()
-        if make is None:
-            layers, quality = _quantized(layout, source, folder / WORK, calibration, effort, device, on_layer)
-        else:
-            make(folder / WORK)
-            layers, quality = layer_entries(folder / WORK), []
-        written = write_huggingface(plan.config, source, layers, folder, options=options, on_progress=on_progress)
-        if source.identity() != identity:
-            raise InputError(f"{source.path} was changed while it was read", "convert it again when it is complete")
-        shutil.rmtree(folder / WORK, ignore_errors=True)
-        manifest = {
-            "producer": {"name": "trtkit", "version": __version__},
-            "runtime": "llmapi",
-            "source": {"origin": source.origin, **identity},
-            "options": {"dtype": plan.config["dtype"], **asdict(options)},
-            "report": asdict(written.report),
-            "files": written.files,
-        }
-        atomic_write(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-        on_written(folder)
+        exported = export_into(
+            plan,
+            source,
+            folder,
+            calibration=calibration,
+            effort=effort,
+            device=device,
+            options=options,
+            on_layer=on_layer,
+            on_progress=on_progress,
+            on_written=on_written,
+            make=make,
+        )
         check_target(out, source, replace=replace)
+    return exported
+
+
+def export_into(
+    plan: Plan,
+    source: Source,
+    folder: Path,
+    *,
+    calibration: Calibration | None = None,
+    effort: Effort | None = None,
+    device: str = "cpu",
+    options: Options | None = None,
+    on_layer: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_written: Callable[[Path], None] = lambda folder: None,
+    make: Callable[[Path], None] | None = None,
+) -> Exported:
+    """`export` into a folder that the caller publishes, empty or left behind by an interrupted call of this."""
+    options = options or Options()
+    layout = HuggingFaceLayout(plan.config)
+    identity = source.identity()
+    for leftover in folder.iterdir():
+        if leftover.name != WORK:
+            leftover.unlink()
+    if make is None:
+        layers, quality = _quantized(layout, source, folder / WORK, calibration, effort, device, on_layer)
+    else:
+        make(folder / WORK)
+        layers, quality = layer_entries(folder / WORK), []
+    written = write_huggingface(plan.config, source, layers, folder, options=options, on_progress=on_progress)
+    if source.identity() != identity:
+        raise InputError(f"{source.path} was changed while it was read", "convert it again when it is complete")
+    shutil.rmtree(folder / WORK, ignore_errors=True)
+    manifest = {
+        "producer": {"name": "trtkit", "version": __version__},
+        "runtime": "llmapi",
+        "source": {"origin": source.origin, **identity},
+        "options": {"dtype": plan.config["dtype"], **asdict(options)},
+        "report": asdict(written.report),
+        "files": written.files,
+    }
+    atomic_write(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    on_written(folder)
     return Exported(written, quality)
 
 

@@ -31,12 +31,15 @@ class ScriptedEngine:
         self.jobs: list[Any] = []
         self.cancelled: list[int] = []
         self.closed = False
+        self.refuses: Exception | None = None
         self._steps: queue.Queue[Any] = queue.Queue()
 
     def check(self, job: Any) -> None:
         pass
 
     def submit(self, job: Any) -> None:
+        if self.refuses:
+            raise self.refuses
         self.jobs.append(job)
 
     def cancel(self, key: int) -> None:

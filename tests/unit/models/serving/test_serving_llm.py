@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -152,6 +153,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"text_input": "a", "num_return_sequences": 99}, "num_return_sequences: 99 must be 1 to 16"),
     ({"text_input": "a", "stop_words": ["x"] * 999}, "stop_words: more than 256 words"),
     ({"text_input": "a", "stop_words": b"\xff"}, "stop_words: not UTF-8"),
+    ({"text_input": "a", "stop_words": ["x" * 4000 + str(number) for number in range(9)]}, "stop_words: "),
     ({"text_input": "a", "chat_template_kwargs": "{}"}, "chat_template_kwargs: only with messages"),
     ({"messages": "{"}, "messages: the chat messages are no JSON"),
     ({"messages": "[]"}, "messages: the chat messages must be a list"),
@@ -307,6 +309,37 @@ def test_an_engine_that_raises_leaves_nobody_waiting(serve: Serve) -> None:
     server.send(after)
     server.answer(server.job(), "goes on")
     assert after.wait().text == "goes on"
+
+
+def test_an_engine_that_refuses_a_job_leaves_its_slot_free(serve: Serve) -> None:
+    server = serve(max_batch_size=1)
+    server.engine.refuses = ValueError("no")
+    refused = Request(text_input="a")
+    server.send(refused)
+    assert "ValueError: no" in str(refused.wait().error)
+    server.engine.refuses = None
+    after = Request(text_input="b")
+    server.send(after)
+    server.answer(server.job(), "fine")
+    assert after.wait().text == "fine"
+
+
+def test_requests_from_a_busy_thread_are_all_answered(serve: Serve) -> None:
+    server = serve(max_batch_size=2, timeout_ms="60000")
+    requests = [Request(text_input=f"{number}", stream=bool(number % 2)) for number in range(200)]
+
+    def send() -> None:
+        for request in requests:
+            server.send(request)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    for number in range(len(requests)):
+        server.until(lambda number=number: len(server.engine.jobs) > number)
+        server.answer(server.engine.jobs[number], server.tokenizer.decode(server.engine.jobs[number].prompt))
+    sender.join()
+    assert [request.wait().text for request in requests] == [f"{number}" for number in range(200)]
+    assert not server.errors
 
 
 def test_unloading_ends_what_runs(serve: Serve) -> None:

@@ -20,7 +20,7 @@ import triton_python_backend_utils as pb_utils
 
 from .answers import Answer, Reply
 from .chat import ChatError
-from .engine import Engine, RequestError, Step
+from .engine import Code, Engine, RequestError, Step
 from .metrics import Metrics
 from .reader import Reader
 from .settings import Settings
@@ -114,14 +114,22 @@ class ServingModel:
                 self._waiting.append(reply)
 
     def _refuse(self, reply: Reply, error: Exception) -> None:
-        self._metrics.values[REFUSED] += 1
+        with self._lock:
+            self._metrics.values[REFUSED] += 1
         if isinstance(error, RequestError):
-            reply.fail(str(error), error.code)
+            self._fail(reply, str(error), error.code)
         elif isinstance(error, ChatError):
-            reply.fail(f"messages: {error}", "INVALID_ARG")
+            self._fail(reply, f"messages: {error}", "INVALID_ARG")
         else:
-            pb_utils.Logger.log_error(f"a request cannot be read: {error!r}")
-            reply.fail(f"the request cannot be read: {type(error).__name__}: {error}", "INTERNAL")
+            pb_utils.Logger.log_error(f"a request cannot be started: {error!r}")
+            self._fail(reply, f"the request cannot be started: {type(error).__name__}: {error}", "INTERNAL")
+
+    @staticmethod
+    def _fail(reply: Reply, message: str, code: Code) -> None:
+        try:
+            reply.fail(message, code)
+        except Exception as error:
+            pb_utils.Logger.log_error(f"a client could not be told '{message}': {error!r}")
 
     # Under the lock.
 
@@ -132,8 +140,14 @@ class ServingModel:
         for job in reply.jobs:
             self._running[job.key] = reply
         self._arrived.append(reply)
-        for job in reply.jobs:
-            self._engine.submit(job)
+        try:
+            for job in reply.jobs:
+                self._engine.submit(job)
+        except Exception:
+            for job in reply.jobs:
+                del self._running[job.key]
+                self._engine.cancel(job.key)
+            raise
 
     # The answering thread.
 
@@ -246,28 +260,34 @@ class ServingModel:
                 if not self._waiting or not self._has_room(self._waiting[0]):
                     return
                 reply = self._waiting.popleft()
-            if reply.is_cancelled():
-                self._metrics.values[CANCELLED] += 1
-                reply.fail("cancelled", "CANCELLED")
-                continue
-            self._metrics.values[QUEUE_TIME] += time.monotonic() - reply.arrived
-            with self._lock:
-                self._start(reply)
+            try:
+                if reply.is_cancelled():
+                    raise RequestError("cancelled", "CANCELLED")
+                self._metrics.values[QUEUE_TIME] += time.monotonic() - reply.arrived
+                with self._lock:
+                    self._start(reply)
+            except RequestError as error:
+                self._metrics.values[CANCELLED] += error.code == "CANCELLED"
+                self._fail(reply, str(error), error.code)
+            except Exception as error:
+                self._refuse(reply, error)
 
     def _look_after_queue(self, now: float) -> None:
         """Turns away those that have waited too long."""
-        if any(reply.deadline is not None and reply.deadline <= now for reply in self._waiting):
-            with self._lock:
-                late = [reply for reply in self._waiting if reply.deadline is not None and reply.deadline <= now]
+        with self._lock:
+            late = [reply for reply in self._waiting if reply.deadline is not None and reply.deadline <= now]
+            if late:
                 self._waiting = deque(reply for reply in self._waiting if reply not in late)
-            for reply in late:
-                self._metrics.values[REFUSED] += 1
-                waited = 1000 * (now - reply.arrived)
-                reply.fail(f"the deadline is exceeded: {waited:.0f} ms in the queue", "UNAVAILABLE")
+        for reply in late:
+            waited = 1000 * (now - reply.arrived)
+            self._refuse(reply, RequestError(f"the deadline is exceeded: {waited:.0f} ms in the queue", "UNAVAILABLE"))
         self._admit()
 
     def _look_for_cancelled(self, now: float) -> None:
-        while self._polls and self._polls[0][0] <= now:
+        """Asks about those whose turn it is, but never about all at once: tokens would wait for the answers."""
+        for _ in range(1 + len(self._polls) // 4):
+            if not self._polls or self._polls[0][0] > now:
+                return
             _, reply = self._polls.popleft()
             if reply.over:
                 continue
@@ -277,12 +297,9 @@ class ServingModel:
             else:
                 self._polls.append((now + CANCEL_POLL_S, reply))
 
-    def _end(self, reply: Reply, message: str, code: Any) -> None:
+    def _end(self, reply: Reply, message: str, code: Code) -> None:
         """Ends a request with an error."""
-        try:
-            reply.fail(message, code)
-        except Exception as error:
-            pb_utils.Logger.log_error(f"a client could not be told '{message}': {error!r}")
+        self._fail(reply, message, code)
         self._cancel(reply)
 
     def _cancel(self, reply: Reply) -> None:
@@ -294,7 +311,7 @@ class ServingModel:
             self._engine.cancel(key)
         self._admit()
 
-    def _end_all(self, message: str, code: Any) -> None:
+    def _end_all(self, message: str, code: Code) -> None:
         with self._lock:
             replies = [*dict.fromkeys(self._running.values()), *self._waiting]
             self._waiting.clear()
