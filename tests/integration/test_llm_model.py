@@ -79,9 +79,7 @@ def servers(home: Path) -> Iterator[Callable[[str], Deployment]]:
                 config = load_config(home / f"{name}.yaml")
                 files = render_repository(config, tokenizer_dir=TINY, checkpoint_dir=home / "checkpoint")
                 write_repository(files, home / name)
-                server = running_server(
-                    home / name, name=config.name, exit_timeout_s=5, log_path=f"/tmp/llmtest-{name}.log"
-                )
+                server = running_server(home / name, name=config.name, exit_timeout_s=5)
                 running[name] = stack.enter_context(server)
             return running[name]
 
@@ -323,7 +321,7 @@ async def test_the_metrics_add_up(wide: Deployment) -> None:
     before = await settled(wide)
     prompt_tokens = completion_tokens = 0
     for protocol in ("grpc", "http"):
-        async with connect(wide.url(protocol), model="llm") as client:  # type: ignore[arg-type]
+        async with connect(wide.url(protocol), model="llm") as client:
             for n in range(5):
                 done = await client.generate(GenerateRequest(PROMPTS[n], max_tokens=3 + n))
                 (*_, last) = await streamed(client, GenerateRequest(PROMPTS[n], max_tokens=4))

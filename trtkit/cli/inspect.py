@@ -161,8 +161,9 @@ def _quantization(found: Quantization | None) -> str:
 
 def _print_list(report: Any) -> None:
     if report.kind == "repository":
-        columns = ["model", "backend", "versions", "max_batch_size", "decoupled", "instances", "inputs", "outputs"]
-        title = f"repository {report.path}: {_plural(report.files, 'file')}, {_bytes(report.bytes)}"
+        columns = ["model", "backend", "runtime", "versions", "max_batch_size", "decoupled", "instances", "inputs", "outputs"]
+        what = "".join(f"{each}, " for each in (*report.runtimes, *([report.topology] if report.topology else [])))
+        title = f"repository {report.path}: {what}{_plural(report.files, 'file')}, {_bytes(report.bytes)}"
         print_table(columns, [_model_row(model) for model in report.models], title)
         click.echo(f"`trtkit repo lint`: {_plural(report.errors, 'error')}, {_plural(report.warnings, 'warning')}")
         return
@@ -179,13 +180,14 @@ def _print_list(report: Any) -> None:
 
 def _model_row(model: ModelReport) -> tuple[object, ...]:
     if model.max_batch_size is None:
-        return model.name, "unreadable", *[""] * 6
+        return model.name, "unreadable", *[""] * 7
     backend = f"ensemble: {' > '.join(model.steps)}" if model.steps else model.backend or "(Triton guesses)"
+    runtime = f"asks {model.drives}" if model.drives else model.runtime or "-"
     decoupled = "yes" if model.decoupled else "no"
     instances = ", ".join(model.instances)
     versions = ", ".join(map(str, model.versions))
     return (
-        model.name, backend, versions, model.max_batch_size, decoupled, instances, len(model.inputs),
+        model.name, backend, runtime, versions, model.max_batch_size, decoupled, instances, len(model.inputs),
         len(model.outputs),
     )  # fmt: skip
 

@@ -101,8 +101,8 @@ class ServerError(TrtkitError):
 
     Attributes:
         status: HTTP status (`400`) or gRPC status name (`INVALID_ARGUMENT`). An error in an open stream has none: over
-            gRPC it is empty then, or `UNAVAILABLE` where the message says that a queue is full or a deadline over; over
-            HTTP it is `200`, that of the answer whose event it is.
+            gRPC it is empty then, over HTTP `200`, that of the answer whose event it is. Where the message says that a
+            queue is full or a deadline over, it is `UNAVAILABLE` or `503`, whatever the server made of it.
         message: the server's own words.
     """
 
@@ -278,6 +278,19 @@ def unreachable(url: str, reason: str) -> LacksError:
     """The error for a url where nobody listens."""
     fix = "start the server, or see with `trtkit deploy status` where it listens"
     return LacksError(f"cannot reach {url}: {reason}", fix)
+
+
+def is_for_later(message: str) -> bool:
+    """Whether the server's words are those for a request that may succeed when it is sent again."""
+    return any(words in message for words in _FOR_LATER)
+
+
+_FOR_LATER = (
+    "the queue is full", "the deadline is exceeded", "the model is being unloaded",
+    "Exceeds maximum queue size", "Request timeout expired",
+)  # fmt: skip
+"""Words of the model `llm` (trtkit/repository/models/serving/llm.py), and of Triton's batcher (core,
+dynamic_batch_scheduler.cc and scheduler_utils.cc)."""
 
 
 def not_decoupled(model: str) -> InputError:

@@ -28,13 +28,6 @@ T = TypeVar("T")
 
 _END_S = 2.0
 
-_UNAVAILABLE = (
-    "the queue is full", "the deadline is exceeded", "the model is being unloaded",
-    "Exceeds maximum queue size", "Request timeout expired",
-)  # fmt: skip
-"""What the model `llm`, and Triton's own batcher, say to a request that may be sent again later. An error in a stream has
-no code. (A client can ask for one with the header `triton_grpc_error`, but Triton 2.51 may then die: it takes the end
-of such a stream for a cancellation.)"""
 _OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -153,7 +146,9 @@ class GrpcClient(Client[Any]):
                 received_ns = time.perf_counter_ns()
                 if answer.error_message:
                     await _end(call)
-                    status = "UNAVAILABLE" if any(words in answer.error_message for words in _UNAVAILABLE) else ""
+                    # No code comes with it. A client can ask for one with the header triton_grpc_error, but Triton 2.51
+                    # may then die: it takes the end of such a stream for a cancellation.
+                    status = "UNAVAILABLE" if api.is_for_later(answer.error_message) else ""
                     raise api.ServerError(answer.error_message, status=status, model=model)
                 yield received_ns, answer.infer_response
         finally:

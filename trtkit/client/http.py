@@ -241,4 +241,6 @@ def _checked(status: int, body: bytes | str, model: str) -> Any:
     if status == 200 and not (isinstance(answer, dict) and "error" in answer):
         return answer
     message = str(answer.get("error", answer)) if isinstance(answer, dict) else str(answer)
+    if api.is_for_later(message):
+        status = 503  # the generate extension says 400 to every error of a model
     raise api.ServerError(message, status=str(status), model=model)

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from trtkit import pbtxt
+from trtkit.deploy.runtimes import runtime_of
+from trtkit.config_serving import Topology
 from trtkit.errors import InputError
 from trtkit.inspect.model import Problem
 from trtkit.repository.lint import lint_repository
+from trtkit.serving_contract import MODEL
 from trtkit.untrusted import printable
 
 
@@ -23,6 +26,8 @@ class ModelReport:
         instances: instance groups such as `1 x CPU` or `2 x GPU 0,1`; empty where Triton decides.
         inputs, outputs: names of the tensors.
         steps: models that an ensemble runs, in order.
+        runtime: what executes it (`trtkit.config_serving.Runtime`); None where it executes nothing itself.
+        drives: the other model of the repository that it asks, for a front of one.
     """
 
     name: str
@@ -34,6 +39,8 @@ class ModelReport:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     steps: tuple[str, ...]
+    runtime: str | None = None
+    drives: str | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,8 @@ class RepositoryReport:
         files, bytes: of all models, links not followed into folders.
         errors, warnings: how many findings of each severity `trtkit repo lint` has.
         problems: models whose config.pbtxt cannot be read.
+        runtimes: those of the models, each once.
+        topology: `ensemble` where one is, `fused` where the model `llm` drives its engine itself, else None.
     """
 
     path: str
@@ -53,6 +62,8 @@ class RepositoryReport:
     errors: int
     warnings: int
     problems: list[Problem]
+    runtimes: tuple[str, ...] = ()
+    topology: Topology | None = None
     kind: str = "repository"
 
 
@@ -79,7 +90,15 @@ def inspect_repository(path: Path) -> RepositoryReport:
         errors=sum(finding.severity == "error" for finding in findings),
         warnings=sum(finding.severity == "warning" for finding in findings),
         problems=problems,
+        runtimes=tuple(sorted({model.runtime for model in models if model.runtime})),
+        topology=_topology(models),
     )
+
+
+def _topology(models: list[ModelReport]) -> Topology | None:
+    if any(model.steps for model in models):
+        return "ensemble"
+    return "fused" if any(model.name == MODEL and model.runtime for model in models) else None
 
 
 def model_folders(path: Path) -> list[Path]:
@@ -103,7 +122,14 @@ def _model(folder: Path, config: Any) -> ModelReport:
         inputs=tuple(printable(tensor.name) for tensor in config.input),
         outputs=tuple(printable(tensor.name) for tensor in config.output),
         steps=_steps(config),
+        runtime=runtime_of(folder, config),
+        drives=_drives(config.parameters),
     )
+
+
+def _drives(parameters: Any) -> str | None:
+    front = "engine" in parameters and parameters["engine"].string_value == "triton" and "model_name" in parameters
+    return printable(parameters["model_name"].string_value) if front else None
 
 
 def _steps(config: Any) -> tuple[str, ...]:

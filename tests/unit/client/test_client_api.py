@@ -87,6 +87,17 @@ def test_a_plain_request_sends_only_what_the_contract_requires_and_two_flags() -
     assert all(tensor.shape == (1, 1) for tensor in inputs.values())
 
 
+def test_messages_take_the_place_of_the_prompt() -> None:
+    chat = [{"role": "user", "content": 'a "€"'}]
+    inputs = {tensor.name: tensor for tensor in text_inputs(GenerateRequest(messages=chat), stream=False)}
+    assert "text_input" not in inputs and inputs["messages"].shape == (1, 1)
+    assert json.loads(inputs["messages"].data[0]) == chat
+    both = {tensor.name for tensor in text_inputs(GenerateRequest("a", messages=chat), stream=False)}
+    assert {"text_input", "messages"} <= both, "judging that is the server's work"
+    with pytest.raises(InputError, match="messages: no JSON can say this"):
+        text_inputs(GenerateRequest(messages=[{"role": object()}]), stream=False)
+
+
 def test_every_option_has_its_dtype_and_shape() -> None:
     request = GenerateRequest(
         "hi",
@@ -101,6 +112,7 @@ def test_every_option_has_its_dtype_and_shape() -> None:
         seed=2**64 - 1,
         stop_words=["a", "b"],
         bad_words=["c"],
+        end_id=-1,
     )
     inputs = {tensor.name: tensor for tensor in text_inputs(request, stream=False)}
     dtypes = {name: tensor.datatype for name, tensor in inputs.items()}
@@ -117,6 +129,7 @@ def test_every_option_has_its_dtype_and_shape() -> None:
         "seed": "UINT64",
         "stop_words": "BYTES",
         "bad_words": "BYTES",
+        "end_id": "INT32",
         "stream": "BOOL",
         "exclude_input_in_output": "BOOL",
     }

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from trtkit.client import GenerateRequest, LLMClient, RequestTimeoutError, ServerError, connect
+from trtkit.client import Ending, GenerateRequest, LLMClient, RequestTimeoutError, ServerError, connect
 from trtkit.client.tensors import engine_inputs
 from trtkit.errors import InputError, LacksError
 
@@ -32,6 +32,18 @@ def text(*values: str | bytes) -> Any:
     response = service_pb2.ModelInferResponse(model_name="ensemble")
     response.outputs.add(name="text_output", datatype="BYTES", shape=[1, len(raw)])
     response.raw_output_contents.append(b"".join(struct.pack("<I", len(item)) + item for item in raw))
+    return response
+
+
+def ending(response: Any, reason: str, prompt_tokens: int, completion_tokens: list[int]) -> Any:
+    """The response with what the model `llm` says with its last piece."""
+    for name, datatype, shape, raw in (
+        ("finish_reason", "BYTES", [1, 1], struct.pack("<I", len(reason)) + reason.encode()),
+        ("prompt_tokens", "INT32", [1, 1], struct.pack("<i", prompt_tokens)),
+        ("completion_tokens", "INT32", [1, len(completion_tokens)], np.array(completion_tokens, "<i4").tobytes()),
+    ):
+        response.outputs.add(name=name, datatype=datatype, shape=shape)
+        response.raw_output_contents.append(raw)
     return response
 
 
@@ -50,6 +62,7 @@ class Triton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mis
 
     def __init__(self, answers: list[Answer], *, decoupled: bool) -> None:
         self.answers, self.decoupled = answers, decoupled
+        self.outputs = ["text_output"]
         self.requests: list[Any] = []
         self.calls: list[str] = []
         self.asked = asyncio.Event()
@@ -97,6 +110,8 @@ class Triton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mis
         response.config.name = request.name
         response.config.max_batch_size = 8
         response.config.model_transaction_policy.decoupled = self.decoupled
+        for name in self.outputs:
+            response.config.output.add(name=name)
         tensor = response.config.input.add(name="input_ids", data_type="TYPE_INT32", dims=[2, -1])
         tensor.optional = True
         response.config.parameters["key"].string_value = "value"
@@ -177,6 +192,39 @@ async def test_request_ids_are_unique() -> None:
     assert ids == [completion.request_id for completion in done] and len(set(ids)) == 3 and all(ids)
 
 
+async def test_the_last_piece_tells_about_the_whole_answer() -> None:
+    last = ending(text("b"), "stop", 3, [2, 7])
+    async with serving(text("a"), last) as (triton, client):
+        triton.outputs += ["finish_reason", "prompt_tokens", "completion_tokens", "cum_log_probs"]
+        done = await client.generate(GenerateRequest("x"))
+        chunks = [chunk async for chunk in client.stream(GenerateRequest("x"))]
+    assert (done.text, done.finish_reason, done.prompt_tokens, done.completion_tokens) == ("ab", "stop", 3, 2)
+    assert [chunk.ending for chunk in chunks] == [None, Ending("stop", 3, 2)]
+    wanted = ["text_output", "finish_reason", "prompt_tokens", "completion_tokens"]
+    assert [[output.name for output in request.outputs] for request in triton.requests] == [wanted, wanted]
+
+
+async def test_a_model_that_says_nothing_of_the_whole_answer() -> None:
+    async with serving(text("a")) as (_, client):
+        done = await client.generate(GenerateRequest("x"))
+        (chunk,) = [chunk async for chunk in client.stream(GenerateRequest("x"))]
+    assert (done.finish_reason, done.prompt_tokens, done.completion_tokens, chunk.ending) == (None, None, None, None)
+
+
+async def test_another_model_can_be_asked() -> None:
+    async with serving(text("a")) as (triton, client):
+        await client.generate(GenerateRequest("x"), model="other")
+        _ = [chunk async for chunk in client.stream(GenerateRequest("x"), model="third")]
+    assert [request.model_name for request in triton.requests] == ["other", "third"]
+
+
+async def test_no_answer_at_all_is_an_error() -> None:
+    async with serving() as (_, client):
+        for call in (client.generate(GenerateRequest("x")), texts(client)):
+            with pytest.raises(ServerError, match="ended before it began"):
+                await call
+
+
 async def test_several_responses_and_a_bare_final_one_are_one_answer() -> None:
     empty = service_pb2.ModelInferResponse(model_name="ensemble")
     async with serving(text("a "), text("b", "second beam"), empty) as (_, client):
@@ -221,6 +269,16 @@ async def test_an_error_inside_a_stream() -> None:
         with pytest.raises(ServerError) as error:
             await texts(client)
     assert (error.value.status, error.value.message) == ("", "late error")
+
+
+@pytest.mark.parametrize(
+    "message", ["the queue is full: 2 wait", "Request timeout expired", "[request id: 1] Exceeds maximum queue size"]
+)
+async def test_a_queue_that_is_full_is_a_status_of_its_own(message: str) -> None:
+    async with serving(message) as (_, client):
+        with pytest.raises(ServerError) as error:
+            await texts(client)
+    assert (error.value.status, error.value.message) == ("UNAVAILABLE", message)
 
 
 @pytest.mark.parametrize("decoupled", [True, False])

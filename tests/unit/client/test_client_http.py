@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from trtkit.client import GenerateRequest, LLMClient, RequestTimeoutError, ServerError, connect
+from trtkit.client import Ending, GenerateRequest, LLMClient, RequestTimeoutError, ServerError, connect
 from trtkit.client.tensors import engine_inputs, scalar
 from trtkit.errors import InputError, LacksError
 
@@ -140,6 +140,23 @@ async def test_the_text_may_stand_bare_or_in_a_list(value: object) -> None:
         assert (await client.generate(GenerateRequest("x"))).text == "one"
 
 
+async def test_the_last_piece_tells_about_the_whole_answer() -> None:
+    told = {"finish_reason": ["length", "stop"], "prompt_tokens": 3, "completion_tokens": [2, 7]}
+    pieces = [{"text_output": "a"}, {"text_output": "b", **told}]
+    stream = events(*(b"data: " + json.dumps(piece).encode() + b"\n\n" for piece in pieces))
+    async with serving(generate=answer({"text_output": "ab", **told}), generate_stream=stream) as (_, client):
+        done = await client.generate(GenerateRequest("x"))
+        chunks = [chunk async for chunk in client.stream(GenerateRequest("x"))]
+    assert (done.text, done.finish_reason, done.prompt_tokens, done.completion_tokens) == ("ab", "length", 3, 2)
+    assert [chunk.ending for chunk in chunks] == [None, Ending("length", 3, 2)]
+
+
+async def test_a_stream_without_an_answer_is_an_error() -> None:
+    async with serving(generate_stream=events()) as (_, client):
+        with pytest.raises(ServerError, match="ended before it began"):
+            await texts(client)
+
+
 STREAM = (
     b'data: {"text_output":"a "}\n\ndata: {"text_output":"\xe2\x82\xac"}\r\n\r\n: note\n\ndata: {"text_output":""}\n\n'
 )
@@ -195,6 +212,13 @@ ERRORS: list[tuple[str, Pieces, str, str]] = [
     ("generate", response(b"plain"), "200", "not JSON: plain"),
     ("generate", answer({"error": ""}, "503 Service Unavailable"), "503", ""),
     ("generate_stream", answer({"error": "queue is full"}, "503 Service Unavailable"), "503", "queue is full"),
+    (
+        "generate_stream",
+        response(b'data: {"error":"temperature: -1 must be 0 or more"}\n\n', "400 Bad Request"),
+        "400",
+        "temperature: -1 must be 0 or more",
+    ),
+    ("generate", answer({"error": "the queue is full: 2 wait"}, "400 Bad Request"), "503", "the queue is full: 2 wait"),
     ("generate_stream", events(b'data: {"text_output":"a"}\n\n', b'data: {"error":"late"}\n\n'), "200", "late"),
     ("generate_stream", events(b"data: half a {\n\n"), "200", "not JSON: half a {"),
 ]

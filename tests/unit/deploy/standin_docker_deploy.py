@@ -32,7 +32,7 @@ VALUES = {
     "--ulimit": r"memlock=-1|stack=67108864",
     "--publish": r"(\d[\d.]*|\[[\da-f:]+\]):[1-9]\d*:800[012]",
     "--mount": r".+",
-    "--env": r"[A-Z_]+",
+    "--env": r"[A-Z_]+|HF_HUB_CACHE=/hub|HF_HUB_OFFLINE=1",
     "--user": r"\d+:\d+",
 }
 REPEATED = {"--label", "--ulimit", "--publish", "--mount", "--env"}
@@ -99,7 +99,8 @@ def run(words: list[str]) -> None:
         if not re.fullmatch(VALUES[name], value) or (name in options and name not in REPEATED):
             refuse(f'invalid argument "{value}" for "{name}" flag')
         options.setdefault(name, []).append(value)
-    check_gpus(options["--gpus"][0])
+    if "--gpus" in options:
+        check_gpus(options["--gpus"][0])
     for value in options["--mount"]:
         check_mount(value)
     image, command = words[0], words[1:]

@@ -290,6 +290,6 @@ def test_render_warns_of_what_up_refuses(docker: Path, models: Path, tmp_path: P
     path = 'parameters { key: "gpt_model_path" value { string_value: "/engine" } }'
     (models / "tensorrt_llm" / "config.pbtxt").write_text(path)
     for act in (target.render, target.up):
-        with pytest.raises(InputError, match="looks for an engine at '/engine'"):
+        with pytest.raises(InputError, match="looks for the engine at '/engine'"):
             act(config(), models)
     assert state.names() == []

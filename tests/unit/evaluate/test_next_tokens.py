@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from trtkit import contract
+from trtkit import contract, serving_contract
 from trtkit.client import ServerError
 from trtkit.errors import InputError, LacksError
 from trtkit.evaluate import comparison, served
@@ -39,6 +39,10 @@ class StandInClient:
         self.asked: list[dict[str, Any]] = []
         self.running = self.most = 0
         self.closed = False
+        self.names = ["tensorrt_llm"]
+
+    async def models(self, **options: Any) -> dict[str, str]:
+        return dict.fromkeys(self.names, "READY")
 
     async def is_live(self, **options: Any) -> bool:
         return self.live
@@ -47,7 +51,10 @@ class StandInClient:
         self.closed = True
 
     async def metadata(self, model: str, **options: Any) -> dict[str, Any]:
-        if model != "tensorrt_llm":
+        if model == "llm" and model in self.names:
+            tables = {"inputs": serving_contract.INPUTS, "outputs": serving_contract.OUTPUTS}
+            return {side: [{"name": tensor.name} for tensor in table] for side, table in tables.items()}
+        if model not in self.names or model != "tensorrt_llm":
             raise ServerError(f"unknown model '{model}'", model=model)
         tables = {
             "inputs": contract.llm_inputs(reference=self.reference),
@@ -234,6 +241,18 @@ def test_a_server_that_is_not_there(client: StandInClient, sources: dict[str, An
     client.live = True
     with pytest.raises(ServerError, match="unknown model 'nope'"):
         evaluate(Side("served", "grpc://x:1", "nope"), Side("source", str(sources["one"])), TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("model", "lacks"), [("tensorrt_llm", "there is no model 'tensorrt_llm'"), ("llm", "no tokens")]
+)
+def test_a_server_whose_model_takes_text(
+    client: StandInClient, sources: dict[str, Any], model: str, lacks: str
+) -> None:
+    client.names = ["llm"]
+    with pytest.raises(InputError, match=f"model 'llm' takes text and {lacks}") as error:
+        evaluate(Side("source", str(sources["one"])), Side("served", "grpc://x:1", model), TOKENS)
+    assert "topology: ensemble" in error.value.fix and client.closed
 
 
 def test_the_same_side_twice_is_loaded_once(sources: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
