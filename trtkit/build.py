@@ -32,6 +32,8 @@ from trtkit.store import ArtifactStore, digest
 
 EXPORTED = ("llmapi", "vllm")
 """Runtimes that load Hugging Face checkpoints, and split them over GPUs themselves."""
+CHECKPOINT, EXPORT, ENGINE = "checkpoint", "export", "engine"
+"""Kinds of artifacts. An export is a quantised Hugging Face checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,10 @@ class BuildPlan:
     @property
     def exports(self) -> bool:
         return self.config.serving.runtime in EXPORTED
+
+    @property
+    def checkpoint_kind(self) -> str:
+        return EXPORT if self.exports else CHECKPOINT
 
     @property
     def skipped(self) -> str | None:
@@ -125,7 +131,7 @@ def plan(config: BuildConfig, store: ArtifactStore) -> BuildPlan:
         return _plan_export(config, source, store)
     conversion = plan_conversion(source, config.checkpoint)
     checkpoint_inputs = _checkpoint_inputs(config, source, conversion)
-    checkpoint_dir = store.path("checkpoint", checkpoint_inputs)
+    checkpoint_dir = store.path(CHECKPOINT, checkpoint_inputs)
     if config.serving.runtime != "tensorrtllm":
         return BuildPlan(config, source, conversion, checkpoint_inputs, checkpoint_dir, None, None, None)
     planned = plan_build(config, checkpoint_dir, store.root / "engine" / "new", architecture=source.architecture)
@@ -137,7 +143,7 @@ def plan(config: BuildConfig, store: ArtifactStore) -> BuildPlan:
         "image": planned.image,
         "gpus": _gpus(),
     }
-    engine_dir = store.path("engine", engine_inputs)
+    engine_dir = store.path(ENGINE, engine_inputs)
     command = replace(planned, engine_dir=engine_dir)
     return BuildPlan(config, source, conversion, checkpoint_inputs, checkpoint_dir, engine_inputs, engine_dir, command)
 
@@ -153,8 +159,8 @@ def _plan_export(config: BuildConfig, source: hf.Source, store: ArtifactStore) -
             "measured before",
             "leave out checkpoint.quantization.max_perplexity_increase",
         )
-    inputs = {**_checkpoint_inputs(config, source, conversion), "layout": "huggingface"}
-    return BuildPlan(config, source, conversion, inputs, store.path("checkpoint", inputs), None, None, None)
+    inputs = _checkpoint_inputs(config, source, conversion)
+    return BuildPlan(config, source, conversion, inputs, store.path(EXPORT, inputs), None, None, None)
 
 
 def _checkpoint_inputs(config: BuildConfig, source: hf.Source, conversion: Plan) -> dict[str, Any]:
@@ -196,7 +202,7 @@ def run(
             raise CheckFailedError(f"the checkpoint differs from its source in '{name}'", "check disk and memory")
 
     checkpoint_dir, checkpoint_reused = store.build(
-        "checkpoint", planned.checkpoint_inputs, make_checkpoint, resume=True
+        planned.checkpoint_kind, planned.checkpoint_inputs, make_checkpoint, resume=True
     )
     _check_accuracy(planned.config, checkpoint_dir)
     if planned.command is None or planned.engine_inputs is None:
@@ -207,7 +213,7 @@ def run(
         on_step(f"compiling the engine: {command.line}")
         compile_into(command, folder, on_line=on_line, checkpoint_digest=identity)
 
-    engine_dir, engine_reused = store.build("engine", planned.engine_inputs, make_engine)
+    engine_dir, engine_reused = store.build(ENGINE, planned.engine_inputs, make_engine)
     return Built(checkpoint_dir, checkpoint_reused, engine_dir, engine_reused)
 
 
@@ -218,8 +224,8 @@ def find(config: BuildConfig, store: ArtifactStore) -> Built:
         InputError: they have not been built, the source or config changed since, or there is nothing to build.
     """
     planned = plan(config, store)
-    checkpoint_dir = store.get("checkpoint", planned.checkpoint_inputs)
-    engine_dir = store.get("engine", planned.engine_inputs) if planned.engine_inputs else None
+    checkpoint_dir = store.get(planned.checkpoint_kind, planned.checkpoint_inputs)
+    engine_dir = store.get(ENGINE, planned.engine_inputs) if planned.engine_inputs else None
     if checkpoint_dir is None or (planned.engine_inputs and engine_dir is None):
         missing = "checkpoint" if checkpoint_dir is None else "engine"
         raise InputError(f"'{config.name}' as it is now has no finished {missing}", "run `trtkit build` first")

@@ -455,14 +455,9 @@ def test_stop_ends_the_running_request_of_the_same_id(stream: Stream, greedy: An
     stream.send("single", inputs(prompt_of(1), ENDLESS, streaming=True), "r1")
     stream.receive()
     stream.send("single", inputs([1], 1, stop=True), "r1")
-    finals, cancelled = 0, 0
-    while finals + cancelled < 2:
-        try:
-            finals += stream.receive()[1]
-        except InferenceServerException as error:
-            assert "cancelled" in str(error)
-            cancelled += 1
-    assert (finals, cancelled) == (1, 1)  # the stop request's empty answer, and the error of the one it stopped
+    finals = 0
+    while finals < 2:  # the stop request's empty answer, and the end of the one it stopped
+        finals += stream.receive()[1]
     prompt = prompt_of(2)
     (answer,) = stream.answers("single", inputs(prompt, 3, exclude_input_in_output=True))
     assert tokens_of(answer) == greedy(prompt, 3)

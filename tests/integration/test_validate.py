@@ -62,6 +62,7 @@ def write_source(folder: Path, seed: int) -> Path:
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    names["chat_template"] = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
     (folder / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
     return folder
@@ -120,6 +121,8 @@ def test_everything_holds(config_file: Path, capsys: pytest.CaptureFixture[str])
     assert results["parity"]["figures"]["total"] > 16
     assert results["text"]["figures"]["equal"] == 8
     assert results["contract"]["findings"] == []
+    assert results["chat"]["figures"]["equal"] == 6
+    assert len(results["cancellation"]["figures"]["seconds"]) == 4, "the engine and the model in front of it"
     figures = results["streaming"]["figures"]
     assert figures["equal"] == figures["streams"] == 14 and max(figures["pieces"]) > 4
 

@@ -88,7 +88,9 @@ KEYS = {
     },
     "checkpoint": BUILT | {"supported", "parameters", "dtypes", "producer", "conversion"},
     "engine": BUILT | {"tensorrt_llm", "releases", "limits", "kv_cache_type", "plugins"},
-    "repository": {"kind", "path", "models", "files", "bytes", "errors", "warnings", "problems"},
+    "repository": {
+        "kind", "path", "models", "files", "bytes", "errors", "warnings", "problems", "runtimes", "topology",
+    },
     "store": {"kind", "path", "artifacts", "problems"},
 }  # fmt: skip
 
@@ -128,6 +130,7 @@ def test_json_schema(one_of_each: dict[str, Path]) -> None:
         if kind == "repository":
             assert report["models"][0].keys() == {
                 "name", "backend", "versions", "max_batch_size", "decoupled", "instances", "inputs", "outputs", "steps",
+                "runtime", "drives",
             }  # fmt: skip
         if kind == "store":
             assert report["artifacts"][0].keys() == {"path", "created", "report"}
@@ -138,7 +141,13 @@ def test_tables(one_of_each: dict[str, Path], edit_config: Any) -> None:
         "source": ["LlamaForCausalLM", "BF16 100%", "1, 2, 4, 8", "bfloat16, as stored", "TP 8: "],
         "checkpoint": ["TP 1 x PP 1", "made by", "2 of 2 files"],
         "engine": ["1.2.1 (containers", "max_num_tokens", "2048", "FP8, 8 bits, key/value cache FP8"],
-        "repository": ["preprocessing > tensorrt_llm > postprocessing", "1 x CPU", "`trtkit repo lint`: 0 errors"],
+        "repository": [
+            "preprocessing > tensorrt_llm > postprocessing",
+            "1 x CPU",
+            "`trtkit repo lint`: 0 errors",
+            "reference, ensemble",
+            "asks tensorrt_llm",
+        ],
         "store": ["checkpoint/", "LlamaForCausalLM"],
     }
     for kind, path in one_of_each.items():

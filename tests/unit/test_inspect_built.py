@@ -14,6 +14,7 @@ from inspect_samples import engine_of, to_checkpoint
 
 from trtkit import hf
 from trtkit.checkpoint import open_checkpoint
+from trtkit.config_file import parse_config
 from trtkit.errors import InputError
 from trtkit.inspect import (
     CheckpointReport,
@@ -25,9 +26,11 @@ from trtkit.inspect import (
 )
 from trtkit.inspect.model import Quantization
 from trtkit.inspect.source import inspect_source
+from trtkit.repository.generate import render_repository, write_repository
 from trtkit.store import ArtifactStore
 
 ROOT = Path(__file__).parents[2]
+TINY = ROOT / "examples" / "tiny-llama"
 
 # Checkpoints
 
@@ -166,7 +169,10 @@ def test_repository() -> None:
     report = inspect_folder(ROOT / "model_repository")
     assert isinstance(report, RepositoryReport)
     models = {model.name: model for model in report.models}
-    assert list(models) == ["ensemble", "postprocessing", "preprocessing", "tensorrt_llm"]
+    assert {"ensemble", "postprocessing", "preprocessing", "tensorrt_llm"} <= set(models)
+    assert (report.topology, report.runtimes) == ("ensemble", ("reference",))
+    assert {name: model.runtime for name, model in models.items() if model.runtime} == {"tensorrt_llm": "reference"}
+    assert {name: model.drives for name, model in models.items() if model.drives} == {"llm": "tensorrt_llm"}
     ensemble, runtime = models["ensemble"], models["tensorrt_llm"]
     assert ensemble.steps == ("preprocessing", "tensorrt_llm", "postprocessing") and ensemble.backend == "ensemble"
     assert (runtime.backend, runtime.versions, runtime.decoupled) == ("python", (1,), True)
@@ -198,6 +204,18 @@ def test_instance_groups_and_platforms(tmp_path: Path) -> None:
     assert isinstance(report, RepositoryReport)
     (model,) = report.models
     assert (model.backend, model.versions, model.instances) == ("onnxruntime_onnx", (3,), ("2 x GPU 0,1", "1 x CPU"))
+    assert (model.runtime, report.runtimes, report.topology) == ("onnxruntime", ("onnxruntime",), None)
+
+
+@pytest.mark.parametrize("runtime", ["tensorrtllm", "reference", "llmapi", "vllm"])
+def test_a_fused_repository(runtime: str, tmp_path: Path) -> None:
+    text = f"name: t\nmodel: {{source: {TINY}}}\nserving: {{runtime: {runtime}, topology: fused}}\n"
+    write_repository(render_repository(parse_config(text), model_path_in_container="/model"), tmp_path / "models")
+    report = inspect_folder(tmp_path / "models")
+    assert isinstance(report, RepositoryReport)
+    ((model,),) = (report.models,)
+    assert (model.name, model.runtime, model.drives) == ("llm", runtime, None)
+    assert (report.topology, report.runtimes) == ("fused", (runtime,))
 
 
 def test_store_and_artifacts(make_source: Any, tmp_path: Path) -> None:

@@ -87,7 +87,8 @@ def _print_rules(as_json: bool) -> None:
 
 
 def server_of(config: BuildConfig) -> Server:
-    """What a build config says about the server. Servers that trtkit starts have no response cache."""
+    """What a build config says about the server. Servers that trtkit starts have a response cache where it asks
+    for one."""
     from trtkit.repository.lint import Server
 
     deploy = config.deploy
@@ -96,7 +97,7 @@ def server_of(config: BuildConfig) -> Server:
     return Server(
         release=deploy.release,
         gpus=None if deploy.gpu_ids is None else len(deploy.gpu_ids),
-        cache=False,
+        cache=config.serving.response_cache,
         model_control=deploy.model_control,
         host=deploy.host,
     )
@@ -126,7 +127,7 @@ def _local_server(config: BuildConfig) -> Server:
     return Server(
         release=release,
         gpus=len(list(Path("/dev").glob("nvidia[0-9]*"))),
-        cache=False,
+        cache=config.serving.response_cache,
         model_control=config.deploy.model_control,
         host=config.deploy.host,
         backends=backends,

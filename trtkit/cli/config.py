@@ -156,6 +156,7 @@ def _portable_text(file: Path) -> str:
 
 def _problems(file: Path) -> list[str]:
     """Every problem of one file: the schema's, or else what only the whole config shows."""
+    from trtkit.build import nothing_to_build
     from trtkit.config_file import load_config
     from trtkit.engine.builders import plan_build
     from trtkit.errors import InputError
@@ -166,8 +167,13 @@ def _problems(file: Path) -> list[str]:
     except InputError as error:
         return error.cause.splitlines()
     problems = []
-    if not Path(config.model.source).exists() and not is_hub_id(config.model.source):
-        problems.append(f"{file}: model.source: no folder '{config.model.source}', and not the form of a hub id")
+    try:
+        served_itself = nothing_to_build(config) is not None
+    except InputError as error:
+        return [f"{file}: {error.cause} ({error.fix})"]
+    source = config.model.source
+    if not served_itself and not Path(source).exists() and not is_hub_id(source):
+        problems.append(f"{file}: model.source: no folder '{source}', and not the form of a hub id")
     if config.serving.runtime == "tensorrtllm":
         try:
             plan_build(config, "checkpoint", "engine")

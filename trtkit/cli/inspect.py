@@ -161,7 +161,9 @@ def _quantization(found: Quantization | None) -> str:
 
 def _print_list(report: Any) -> None:
     if report.kind == "repository":
-        columns = ["model", "backend", "runtime", "versions", "max_batch_size", "decoupled", "instances", "inputs", "outputs"]
+        columns = [
+            "model", "backend", "runtime", "versions", "max_batch_size", "decoupled", "instances", "inputs", "outputs",
+        ]  # fmt: skip
         what = "".join(f"{each}, " for each in (*report.runtimes, *([report.topology] if report.topology else [])))
         title = f"repository {report.path}: {what}{_plural(report.files, 'file')}, {_bytes(report.bytes)}"
         print_table(columns, [_model_row(model) for model in report.models], title)
@@ -170,7 +172,7 @@ def _print_list(report: Any) -> None:
     columns = ["artifact", "architecture", "dtype", "layout", "quantisation", "bytes", "created"]
     rows = [
         (
-            each.path, each.report.architecture, each.report.dtype, _layout(each.report),
+            each.path, each.report.architecture, _stored(each.report), _layout(each.report),
             _quantization(each.report.quantization), _bytes(each.report.bytes), _date(each.created),
         )
         for each in report.artifacts
@@ -192,7 +194,19 @@ def _model_row(model: ModelReport) -> tuple[object, ...]:
     )  # fmt: skip
 
 
-def _layout(report: CheckpointReport | EngineReport) -> str:
+def _stored(report: CheckpointReport | EngineReport | SourceReport) -> str | None:
+    from trtkit.inspect import SourceReport
+
+    if isinstance(report, SourceReport):
+        return max(report.dtypes, key=lambda each: each.share).dtype if report.dtypes else None
+    return report.dtype
+
+
+def _layout(report: CheckpointReport | EngineReport | SourceReport) -> str:
+    from trtkit.inspect import SourceReport
+
+    if isinstance(report, SourceReport):
+        return "Hugging Face"
     experts = f" x EP {report.ep}" if report.ep > 1 else ""
     return f"TP {report.tp} x PP {report.pp}{experts}"
 

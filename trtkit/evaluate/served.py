@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from trtkit.client import LLMClient, ServerError, connect
-from trtkit.client.api import LLM
+from trtkit.client.api import ENGINE, LLM
 from trtkit.client.tensors import engine_inputs, scalar
 from trtkit.errors import InputError, LacksError
 
@@ -100,8 +100,8 @@ class ServedModel:
         try:
             described = await self._client.metadata(self._model)
         except ServerError:
-            if LLM in (models := await self._client.models()) and self._model not in models:
-                raise _takes_text(self._client.url, LLM, f"and there is no model '{self._model}'") from None
+            if self._model == ENGINE and LLM in (models := await self._client.models()) and ENGINE not in models:
+                raise _takes_text(self._client.url, LLM, f"and there is no model '{ENGINE}'") from None
             raise
         self._names = {tensor["name"] for side in ("inputs", "outputs") for tensor in described.get(side, [])}
         if "messages" in self._names and "input_ids" not in self._names:

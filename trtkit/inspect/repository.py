@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from trtkit import pbtxt
-from trtkit.deploy.runtimes import runtime_of
 from trtkit.config_serving import Topology
+from trtkit.deploy.runtimes import runtime_of
 from trtkit.errors import InputError
 from trtkit.inspect.model import Problem
 from trtkit.repository.lint import lint_repository

@@ -1,4 +1,4 @@
-"""What is in an artifact store: its finished checkpoints and engines."""
+"""What is in an artifact store: its finished checkpoints, engines and exports (quantised Hugging Face checkpoints)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from trtkit.errors import InputError
 from trtkit.inspect.checkpoint import CheckpointReport, inspect_checkpoint
 from trtkit.inspect.engine import EngineReport, inspect_engine
 from trtkit.inspect.model import Problem
+from trtkit.inspect.source import SourceReport, inspect_source
 from trtkit.store import MANIFEST
 from trtkit.untrusted import read_json
 
-_INSPECT: dict[str, Callable[[Path], CheckpointReport | EngineReport]] = {
+_INSPECT: dict[str, Callable[[Path], CheckpointReport | EngineReport | SourceReport]] = {
     "checkpoint": inspect_checkpoint,
+    "export": inspect_source,
     "engine": inspect_engine,
 }
 
@@ -31,7 +33,7 @@ class Artifact:
 
     path: str
     created: int | None
-    report: CheckpointReport | EngineReport
+    report: CheckpointReport | EngineReport | SourceReport
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,7 @@ def inspect_store(path: Path) -> StoreReport:
             manifest = read_json(folder / MANIFEST, "an artifact")
             made, created = manifest.get("kind"), manifest.get("created")
             if made not in _INSPECT:
-                raise InputError(
-                    f"{folder / MANIFEST}: the artifact is neither a checkpoint nor an engine", "remove it"
-                )
+                raise InputError(f"{folder / MANIFEST}: the artifact is no checkpoint, engine or export", "remove it")
             report = _INSPECT[made](folder)
         except InputError as error:
             problems.append(Problem.of(error))

@@ -200,3 +200,26 @@ def test_render_warns_of_an_engine_that_is_not_there(machine: Machine) -> None:
     assert "warning: no engine at" in rendered.stderr
     assert rendered.stdout.startswith("docker run ")
     assert machine.deploy("up", *arguments).returncode == 2
+
+
+def test_a_checkpoint_of_vllm_is_mounted_where_its_repository_looks(machine: Machine) -> None:
+    machine.config.write_text("name: v\nmodel: {source: a/b}\nserving: {runtime: vllm}\ndeploy: {target: docker}\n")
+    (machine.models / "vllm_model" / "1").mkdir(parents=True)
+    (machine.models / "vllm_model" / "config.pbtxt").write_text('name: "vllm_model" backend: "vllm"')
+    (machine.models / "vllm_model" / "1" / "model.json").write_text('{"model": "/models/checkpoint"}')
+    arguments = [machine.config, "--repository", "models"]
+    refused = machine.deploy("render", *arguments)
+    assert refused.returncode == 2
+    assert "looks for the checkpoint at '/models/checkpoint' (model), and none is given" in refused.stderr
+    assert "fix: give --checkpoint DIR" in refused.stderr
+    checkpoint = machine.root / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text("{}")
+    more = ["--checkpoint", checkpoint, "--model-path-in-container", "/models/checkpoint", "--json"]
+    rendered = machine.deploy("render", *arguments, *more)
+    assert rendered.returncode == 0, rendered.stderr
+    described = json.loads(rendered.stdout)
+    assert described["image"] == "nvcr.io/nvidia/tritonserver:26.07-vllm-python-py3"
+    assert f"type=bind,source={checkpoint},target=/models/checkpoint,readonly" in described["argv"]
+    local = machine.deploy("render", *arguments, "--target", "local")
+    assert local.returncode == 0, local.stderr  # the stand-in has no folder of backends that could lack one

@@ -110,6 +110,32 @@ def test_the_scheme_of_the_url_decides_the_protocol(config: str) -> None:
     assert Echo.made == [("http://h:1", "m", "http")]
 
 
+def test_the_model_is_that_of_the_topology_or_what_is_served(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused = tmp_path / "fused.yaml"
+    fused.write_text(Path(config).read_text() + "serving: {runtime: reference, topology: fused}\n")
+    invoke(str(fused), "--url", "grpc://h:1")
+    invoke(str(fused), "--url", "grpc://h:1", "--model", "m")
+    asked: list[tuple[str, str | None]] = []
+
+    class Server(Echo):
+        url = "grpc://h:1"
+
+        def __init__(self, url: str, *, protocol: str | None) -> None:
+            asked.append((url, protocol))
+
+        async def models(self, **options: object) -> dict[str, str]:
+            return {"llm": "READY"}
+
+    monkeypatch.setattr("trtkit.client.served.connect", Server)
+    short = ("--prompt", "p", "--max-requests", "1", "--warmup", "0")
+    invoke("--url", "h:1", "--protocol", "http", *short)
+    invoke("--url", "grpc://h:1", *short)
+    assert [model for _, model, _ in Echo.made] == ["llm", "m", "llm", "llm"]
+    assert asked == [("h:1", "http"), ("grpc://h:1", None)]
+
+
 def test_several_scenarios_become_one_report(config: str, tmp_path: Path) -> None:
     out = tmp_path / "out" / "r.html"
     done = invoke(config, "--url", "h:1", "--scenario", "rate", "--scenario", "default", "--output", str(out))

@@ -149,7 +149,11 @@ def test_gpus_by_name_and_by_number(text: str, sm: int) -> None:
 
 @pytest.mark.parametrize(
     ("target", "said"),
-    [(Target("vllm"), "vllm"), (Target(ENGINE, tensorrt_llm="newest"), "newest"), (Target(ENGINE, "Nope"), "Nope")],
+    [
+        (Target("onnxruntime"), "onnxruntime"),
+        (Target(ENGINE, tensorrt_llm="newest"), "newest"),
+        (Target(ENGINE, "Nope"), "Nope"),
+    ],
 )
 def test_unknown_runtimes_versions_and_families(target: Target, said: str) -> None:
     with pytest.raises(InputError, match=said):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, TypeVar
 
-from trtkit.client.api import Chunk, Completion, GenerateRequest
+from trtkit.client.api import Chunk, Completion, Ending, GenerateRequest
 from trtkit.config import Scenario
 from trtkit.loadtest.metrics import Result
 from trtkit.loadtest.records import Clock
@@ -78,6 +78,7 @@ class KnownDelayClient:
 
     `plan`, when given, is called with the number of the request (from 0; the trial request before the start is -1) and
     the request, and may change the delays by returning `(ttft_ms, gaps_ms)` or raise what the request shall fail with.
+    `counts`: how many tokens it says that it made per chunk; 0 says nothing.
     """
 
     world: World
@@ -85,6 +86,7 @@ class KnownDelayClient:
     itl_ms: float = 20
     chunks: int = 5
     plan: Callable[[int, GenerateRequest], tuple[float, list[float]] | None] | None = None
+    counts: int = 0
     requests: list[tuple[int, GenerateRequest]] = field(default_factory=list)
     in_flight: int = 0
     most_in_flight: int = 0
@@ -111,10 +113,13 @@ class KnownDelayClient:
             first, gaps = self._delays(request)
             for place, delay in enumerate([first, *gaps]):
                 await asyncio.sleep(delay / 1000)
-                yield Chunk(f"w{place} ", self.world.now_ns())
+                ending = Ending("stop", 1, self.counts * (place + 1)) if self.counts and place == len(gaps) else None
+                yield Chunk(f"w{place} ", self.world.now_ns(), ending)
         finally:
             self.in_flight -= 1
 
     async def generate(self, request: GenerateRequest, *, timeout_s: float = 120.0) -> Completion:
-        pieces = [chunk.text async for chunk in self.stream(request, timeout_s=timeout_s)]
-        return Completion("".join(pieces), request.request_id)
+        pieces = [chunk async for chunk in self.stream(request, timeout_s=timeout_s)]
+        ending = pieces[-1].ending or Ending()
+        text = "".join(chunk.text for chunk in pieces)
+        return Completion(text, request.request_id, completion_tokens=ending.completion_tokens)

@@ -92,6 +92,36 @@ def test_throughput_is_what_happened_inside_the_measurement(world: Any, known_de
     assert result.throughput["output_unit"] == "chunks"
 
 
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("counter", [None, lambda text: 1000])
+def test_tokens_are_those_that_the_model_counts(
+    world: Any, known_delay: MakeClient, streaming: bool, counter: Callable[[str], int] | None
+) -> None:
+    client = known_delay(ttft_ms=100, itl_ms=100, chunks=10, counts=3)
+    scenario = Scenario(concurrency=4, duration_s=20, warmup_s=0, streaming=streaming)
+    result = world.test(client, scenario, count_tokens=counter)
+    assert result.throughput["output_unit"] == "tokens" == result.requests["output_unit"]
+    assert result.throughput["output_total"] == 30 * result.counts["ok"]
+    assert result.throughput["output_per_s"] == pytest.approx(120, rel=0.06)
+    assert not ids(result.findings) & {"TK822", "TK823"}
+    if streaming and counter is None:
+        assert latency(result, "tpot")["p50"] == pytest.approx(900 / 29)
+
+
+def test_a_model_that_counts_only_sometimes_is_not_relied_on(world: Any, known_delay: MakeClient) -> None:
+    client = known_delay(counts=3)
+    stream = client.stream
+
+    async def forgetful(request: GenerateRequest, **options: Any) -> AsyncIterator[Chunk]:
+        silent = len(client.requests) == 3
+        async for chunk in stream(request, **options):
+            yield Chunk(chunk.text, chunk.received_ns) if silent else chunk
+
+    client.stream = forgetful
+    result = world.test(client, Scenario(concurrency=1, duration_s=5, warmup_s=0))
+    assert result.throughput["output_unit"] == "chunks" and "TK822" in ids(result.findings)
+
+
 def test_warmup_is_left_out_by_event_time(world: Any, known_delay: MakeClient) -> None:
     """Slow while warming up, fast afterwards: no slow request may show."""
     start = world.now_ns()

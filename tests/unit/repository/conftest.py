@@ -6,13 +6,14 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import fake_triton
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from trtkit import contract
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and the dog sleeps on.",
@@ -92,49 +93,6 @@ def source(tmp_path: Path, byte_tokenizer: Tokenizer) -> Path:
     return folder
 
 
-class TritonError(Exception):
-    INVALID_ARG = 5
-
-    def __init__(self, message: str, code: int = 0) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-class Tensor:
-    """Like pb_utils.Tensor: takes numpy arrays only, text as objects of bytes."""
-
-    def __init__(self, name: str, array: Any) -> None:
-        assert isinstance(array, np.ndarray), name
-        assert array.dtype in (np.int32, np.float32, np.uint64, np.bool_, np.object_), array.dtype
-        if array.dtype == np.object_:
-            assert all(isinstance(item, bytes) for item in array.reshape(-1))
-        self._name, self._array = name, array
-
-    def name(self) -> str:
-        return self._name
-
-    def as_numpy(self) -> Any:
-        return self._array
-
-
-class InferenceResponse:
-    def __init__(self, output_tensors: list[Tensor] | None = None, error: TritonError | None = None) -> None:
-        assert (error is None) != (output_tensors is None)
-        self.tensors = {tensor.name(): tensor.as_numpy() for tensor in output_tensors or []}
-        self.error = error
-
-
-class Request:
-    """A request to a python model."""
-
-    def __init__(self, request_id: str = "", **tensors: Any) -> None:
-        self._id = request_id
-        self.tensors = {name: Tensor(name, array) for name, array in tensors.items()}
-
-    def request_id(self) -> str:
-        return self._id
-
-
 def strings(*rows: list[str | bytes]) -> Any:
     """A STRING tensor of these batch rows."""
     items = [[text if isinstance(text, bytes) else text.encode() for text in row] for row in rows]
@@ -149,22 +107,16 @@ def ints(*rows: Any) -> Any:
 @pytest.fixture
 def triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A stand-in for Triton's Python interface; `triton.load(folder, config)` loads a model as the server does."""
-    module: Any = ModuleType("triton_python_backend_utils")
-    module.Tensor, module.InferenceResponse, module.TritonError = Tensor, InferenceResponse, TritonError
-    module.get_input_tensor_by_name = lambda request, name: request.tensors.get(name)
-    module.MetricFamily = type("MetricFamily", (fake_triton.MetricFamily,), {"made": {}})
-    module.warnings = []
-
-    class Logger:
-        log_warn = staticmethod(module.warnings.append)
-
-    module.Logger = Logger
+    module: Any = fake_triton.module(outputs=None, batch=None)
+    module.warnings = module.Logger.others
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", module)
     loaded: list[str] = ["serving.metrics"]  # it keeps the module that it has imported
 
     def load(folder: Path, parameters: dict[str, str]) -> Any:
         import importlib.util
 
+        tensors = (*contract.PREPROCESSING_OUTPUTS, *contract.POSTPROCESSING_OUTPUTS)
+        module.InferenceResponse.outputs = {tensor.name: tensor for tensor in tensors}
         monkeypatch.syspath_prepend(str(folder))
         loaded.extend(path.stem for path in folder.glob("*.py"))
         spec = importlib.util.spec_from_file_location("triton_model_under_test", folder / "model.py")
@@ -179,7 +131,7 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         return model
 
     module.load = load
-    module.Request, module.strings, module.ints = Request, strings, ints
+    module.Request, module.strings, module.ints = fake_triton.Request, strings, ints
     yield module
     for name in [*loaded, *(name for name in sys.modules if name.split(".")[0] == "serving")]:
         sys.modules.pop(name, None)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from typing import Any
 
-from trtkit.client.api import Chunk, Completion, GenerateRequest, ServerError
+from trtkit.client.api import Chunk, Completion, Ending, GenerateRequest, ServerError
 from trtkit.validate import contract
 
 DTYPES = {"STRING": "TYPE_STRING"}
@@ -33,6 +34,11 @@ def config_of(name: str, expected: Any, *, decoupled: bool) -> dict[str, Any]:
         "output": tensors("output"),
         "model_transaction_policy": {"decoupled": decoupled},
     }
+
+
+def fused_configs() -> dict[str, dict[str, Any]]:
+    """Those of a server that has the model `llm` only."""
+    return copy.deepcopy({"llm": config_of("llm", contract.LLM, decoupled=True)})
 
 
 def good_configs() -> dict[str, dict[str, Any]]:
@@ -66,6 +72,9 @@ class StandInClient:
             range(ids[-1] + 1, ids[-1] + 1 + n)
         )
         self.requests: list[GenerateRequest] = []
+        self.counts = True
+        """The model `llm` tells how many tokens there are."""
+        self.render: Callable[[Sequence[Any]], str] = lambda messages: messages[-1]["role"] and messages[-1]["content"]
 
     # --- text -----------------------------------------------------------------------------------------------------
 
@@ -74,27 +83,60 @@ class StandInClient:
             raise ServerError("the model is gone", status="503")
         if request.prompt == self.broken_by:
             self.broken = True
+        prompt = self.prompt(request)
         bad = (
-            not request.prompt
+            not prompt
+            or (request.prompt and request.messages)
+            or (request.temperature or 0) < 0
+            or (-1 if request.end_id is None else request.end_id) < -1
             or request.max_tokens < 1
             or (request.top_p is not None and request.top_p > 1)
-            or len(request.prompt) > 200
+            or len(prompt) > 200
         )
         if bad and self.refuse:
             raise ServerError("this makes no sense", status="400")
-        return "".join(f"{token} " for token in self.tokens([len(request.prompt)], max(request.max_tokens, 0)))
+        return "".join(f"{token} " for token in self.tokens([len(prompt)], max(request.max_tokens, 0)))
 
-    async def generate(self, request: GenerateRequest, *, timeout_s: float = 120.0) -> Completion:
+    def prompt(self, request: GenerateRequest) -> str:
+        try:
+            return request.prompt or (self.render(request.messages) if request.messages else "")
+        except KeyError:
+            return ""
+
+    def ending(self, request: GenerateRequest, text: str, model: str | None) -> Ending | None:
+        if (model or self.model) != "llm" or not self.counts:
+            return None
+        return Ending("length", len(self.prompt(request)), len(text.split()))
+
+    async def generate(
+        self, request: GenerateRequest, *, model: str | None = None, timeout_s: float = 120.0
+    ) -> Completion:
         self.requests.append(request)
-        return Completion(self.text(request), "id")
+        text = self.text(request)
+        ending = self.ending(request, text, model) or Ending()
+        return Completion(text, "id", ending.finish_reason, ending.prompt_tokens, ending.completion_tokens)
 
-    async def stream(self, request: GenerateRequest, *, timeout_s: float = 120.0) -> AsyncGenerator[Chunk, None]:
-        for piece in self.split(self.text(request)):
-            yield Chunk(piece, 0)
+    async def stream(
+        self, request: GenerateRequest, *, model: str | None = None, timeout_s: float = 120.0
+    ) -> AsyncGenerator[Chunk, None]:
+        text = self.text(request)
+        pieces = self.split(text)
+        if request.end_id is None:
+            for place, piece in enumerate(pieces, 1):
+                yield Chunk(piece, 0, self.ending(request, text, model) if place == len(pieces) else None)
+            return
+        made = 0
+        async with aclosing(self.stream_tokens([len(request.prompt)], request.max_tokens)) as tokens:
+            async for _ in tokens:
+                made += 1
+                last = made == len(pieces)
+                yield Chunk(pieces[made - 1], 0, self.ending(request, text, model) if last else None)
 
     async def infer(self, model: str, inputs: Sequence[Any], *, request_id: str = "", timeout_s: float = 120.0) -> Any:
         names = {tensor.name: tensor.datatype for tensor in inputs}
         good = model in self.configs and names == {"text_input": "BYTES", "max_tokens": "INT32"}
+        if model == "llm":
+            good = {"text_input": "BYTES"}.items() <= names.items() and len(names) < 3
         if self.refuse and not good:
             raise ServerError("unexpected inputs", status="400")
         return [{}]

@@ -9,15 +9,23 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import traceback
 from pathlib import Path
-from types import ModuleType
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+POINTER = Path(__file__).parent / "container_folder.txt"
 
 
-def _load() -> ModuleType:
-    """The module of NVIDIA's model.py, with its helpers.py in reach."""
-    folder = Path((Path(__file__).parent / "container_folder.txt").read_text(encoding="utf-8").strip())
-    spec = importlib.util.spec_from_file_location("llmapi_model", folder / "model.py")
-    if spec is None or spec.loader is None or not (folder / "model.py").is_file():
+def _load() -> Any:
+    """The TritonPythonModel of NVIDIA's model.py, with its helpers.py in reach."""
+    if not POINTER.is_file():
+        raise ImportError(f"{POINTER}: the file is missing: generate the repository again")
+    folder = Path(POINTER.read_text(encoding="utf-8").strip())
+    file = folder / "model.py"
+    spec = importlib.util.spec_from_file_location("llmapi_model", file)
+    if spec is None or spec.loader is None or not file.is_file():
         raise ImportError(
             f"no model.py in {folder}: set serving.llmapi_folder to where this container has the folder "
             "triton_backend/all_models/llmapi/tensorrt_llm/1 of its TensorRT-LLM, and generate the repository again"
@@ -25,8 +33,31 @@ def _load() -> ModuleType:
     sys.path.insert(0, str(folder))
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses in it look themselves up there
-    spec.loader.exec_module(module)
-    return module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        pb_utils.Logger.log_info("".join(traceback.format_exception(type(error), error, error.__traceback__)))
+        reason = " ".join(str(error).split())
+        raise ImportError(f"{file} cannot be loaded: {type(error).__name__}: {reason}") from None
+    if not hasattr(module, "TritonPythonModel"):
+        raise ImportError(f"{file} has no TritonPythonModel: serving.llmapi_folder names another model's folder")
+    return module.TritonPythonModel
 
 
-TritonPythonModel = _load().TritonPythonModel
+class Unloadable:
+    """In place of a model that cannot be loaded, to say why when the server starts it.
+
+    An error that leaves a module while it is imported would come with every frame of Python's import system.
+    """
+
+    reason = ""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        raise ImportError(self.reason)
+
+
+try:
+    TritonPythonModel = _load()
+except ImportError as error:
+    Unloadable.reason = str(error)
+    TritonPythonModel = Unloadable

@@ -14,6 +14,28 @@ from trtkit.repository.models.reference.inflight import InflightBatch, Progress
 Code = Literal["INVALID_ARG", "CANCELLED", "UNAVAILABLE", "INTERNAL"]
 """Why a request failed, in Triton's words."""
 
+QUIET_S = 1.5
+"""After so long without work `watch` is told once more; longer than the interval in which metrics are brought over."""
+
+
+@dataclass
+class Counts:
+    """What a worker has done and is doing.
+
+    Attributes:
+        requests: answered to their end.
+        tokens: generated for clients, finished or not.
+        cancelled: requests that were stopped, or whose client went away.
+        running: generations that have a slot.
+        waiting: requests with a generation that has none.
+    """
+
+    requests: int = 0
+    tokens: int = 0
+    cancelled: int = 0
+    running: int = 0
+    waiting: int = 0
+
 
 class Client(Protocol):
     """Who waits for a request. The worker's thread calls it; what it raises ends the request."""
@@ -44,11 +66,19 @@ class Worker:
         model: a transformers causal language model in eval mode on the CPU.
         slots: most requests at a time; others wait in order of arrival.
         log: receives one line about what nobody else is told.
+        watch: is shown the counts after every step, by the worker's thread; if it raises, never again.
     """
 
-    def __init__(self, model: Any, slots: int, log: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        slots: int,
+        log: Callable[[str], None] = lambda line: None,
+        watch: Callable[[Counts], None] | None = None,
+    ) -> None:
         self._batch = InflightBatch(model, slots)
         self._log = log
+        self._watch = watch
         self._wake = threading.Condition()
         self._inbox: list[_Job | str] = []  # what to run, or the name of what to stop
         self._closing = False
@@ -56,6 +86,8 @@ class Worker:
         self._jobs: dict[Generation, _Job] = {}
         self._waiting: deque[Generation] = deque()
         self._rounds = 0
+        self._counts = Counts()
+        self._untold = False  # whether something has changed since the last quiet time
         self._thread = threading.Thread(target=self._run, name="reference-runtime", daemon=True)
         self._thread.start()
 
@@ -93,14 +125,18 @@ class Worker:
                 # Nothing here is expected to raise; if something does, no client may be left waiting.
                 self._log(f"the batch was dropped: {error!r}")
                 self._end_all(f"internal error: {type(error).__name__}: {error}", "INTERNAL")
+            self._show_counts()
         self._end_all("the model is being unloaded", "UNAVAILABLE")
 
     def _receive(self) -> bool:
         """Takes over what arrived, and waits for it if there is nothing else to do. False when closing."""
         with self._wake:
             while not (self._inbox or self._jobs or self._closing):
-                self._wake.wait()
+                if not self._wake.wait(QUIET_S if self._untold else None):
+                    self._untold = False
+                    break
             inbox, self._inbox = self._inbox, []
+        self._untold = self._untold or bool(inbox)
         for item in inbox:
             if isinstance(item, _Job):
                 self._jobs.update(dict.fromkeys(item.generations, item))
@@ -108,7 +144,7 @@ class Worker:
             else:
                 for job in self._clients():
                     if job.name == item:
-                        self._end(job, "cancelled", "CANCELLED")
+                        self._cancel(job)
         return not self._closing
 
     def _round(self) -> None:
@@ -131,11 +167,14 @@ class Worker:
                 continue
             if generation.done:
                 del self._jobs[generation]
+            self._counts.tokens += progress.token is not None
             try:
                 job.client.progressed(progress)
             except Exception as error:
                 self._log(f"a client was dropped: {error!r}")
                 self._forget(job)
+                continue
+            self._counts.requests += not any(other in self._jobs for other in job.generations)
 
     def _look_for_cancelled(self) -> None:
         """Asks one running and one waiting client, in turn: what it costs does not grow with their number."""
@@ -151,11 +190,26 @@ class Worker:
                 self._forget(job)
                 continue
             if cancelled:
-                self._end(job, "cancelled", "CANCELLED")
+                self._cancel(job)
 
     def _clients(self) -> list[_Job]:
         """Waiting and running jobs, each once."""
         return list(dict.fromkeys(self._jobs.values()))
+
+    def _show_counts(self) -> None:
+        if self._watch is None:
+            return
+        self._counts.running = len(self._batch.running)
+        self._counts.waiting = len({self._jobs[generation] for generation in self._waiting})
+        try:
+            self._watch(self._counts)
+        except Exception as error:
+            self._watch = None
+            self._log(f"the counts are shown no more: {error!r}")
+
+    def _cancel(self, job: _Job) -> None:
+        self._counts.cancelled += 1
+        self._end(job, "cancelled", "CANCELLED")
 
     def _end(self, job: _Job, message: str, code: Code) -> None:
         """Ends a job with an error."""

@@ -25,7 +25,7 @@ from .metrics import Metrics
 from .reader import Reader
 from .settings import Settings
 
-CANCEL_POLL_S = 0.06
+CANCEL_POLL_S = 0.08
 """How often a running request is asked whether its client has gone. Each question costs about 80 us of CPU."""
 IDLE_S = 0.5
 """How long the engine may wait for work before the metrics are brought up to date."""
@@ -57,7 +57,17 @@ class ServingModel:
     """What model.py offers to Triton as `TritonPythonModel`."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Loads tokenizer, chat template and engine, and starts the thread that answers."""
+        """Loads tokenizer, chat template and engine, and starts the thread that answers. Raises ValueError (one line)."""
+        try:
+            self._load(args)
+        except Exception as error:
+            fix = getattr(error, "fix", "")  # of trtkit's own errors, which the reference runtime raises
+            if not fix and not isinstance(error, ValueError):
+                raise
+            # From here, so that the server's log has this line and no list of frames.
+            raise ValueError("; ".join(" ".join(part.split()) for part in (str(error), fix) if part)) from None
+
+    def _load(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
         folder = Path(args["model_repository"]) / args["model_version"]
         self._settings = settings = Settings.of(config, folder)
@@ -182,8 +192,8 @@ class ServingModel:
             return IDLE_S
         if self._held:
             since = next(iter(self._held)).held_since or 0.0
-            return min(max(since + self._settings.max_token_wait_s - time.monotonic(), 0.0), CANCEL_POLL_S / 3)
-        return CANCEL_POLL_S / 3
+            return min(max(since + self._settings.max_token_wait_s - time.monotonic(), 0.0), CANCEL_POLL_S / 4)
+        return CANCEL_POLL_S / 4
 
     def _advance(self, step: Step, now: float) -> None:
         """Turns what is new about one sequence into text, and sends it if it is time."""

@@ -9,9 +9,6 @@ from typing import Any
 
 from ..engine import Job, RequestError, Step
 
-SMALL = 20_000_000
-"""Parameters below which one thread per operation is fastest."""
-
 
 class Engine:
     """In-flight batching of the checkpoint in `checkpoint_dir`.
@@ -22,22 +19,14 @@ class Engine:
     """
 
     def __init__(self, parameters: dict[str, str], *, slots: int) -> None:
-        import torch
-
-        from trtkit.checkpoint import open_checkpoint
-        from trtkit.convert.readback import load_transformers_model
         from trtkit.repository.models.reference.inflight import InflightBatch
+        from trtkit.repository.models.reference.loading import load_checkpoint
         from trtkit.repository.models.reference.parameters import Parameters
 
-        given = Parameters(parameters)
-        folder = Path(parameters["version_dir"]) / given.text("checkpoint_dir", need=True)
-        self.max_seq_len: int | None = given.longest_sequence(open_checkpoint(folder).config)
-        model = load_transformers_model(folder)
-        small = sum(parameter.numel() for parameter in model.parameters()) < SMALL
-        if threads := given.integer("torch_threads") or (1 if small else None):
-            torch.set_num_threads(threads)
-        self.vocab_size: int | None = model.config.vocab_size
-        self._batch = InflightBatch(model, slots)
+        loaded = load_checkpoint(Parameters(parameters), Path(parameters["version_dir"]))
+        self.max_seq_len: int | None = loaded.max_seq_len
+        self.vocab_size: int | None = loaded.vocab_size
+        self._batch = InflightBatch(loaded.model, slots)
         self._wake = threading.Condition()
         self._inbox: list[Job | int] = []  # what to run, or the key of what to stop
         # Only the thread that steps touches these.
