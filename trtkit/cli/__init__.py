@@ -22,7 +22,7 @@ VERBS = {
     "verify": ("trtkit.cli.verify", "Read a checkpoint back and compare it with its source."),
     "evaluate": ("trtkit.cli.evaluate", "What a conversion or quantisation costs, on held-out text."),
     "build": ("trtkit.cli.build", "Convert and compile what a build config describes."),
-    "repo": ("trtkit.cli.repo", "Generate, lint, compare, version, push and pull model repositories."),
+    "repo": ("trtkit.cli.repo", "Model repositories: generate, lint, compare, versions."),
     "deploy": ("trtkit.cli.deploy", "Start, watch and stop Triton."),
     "validate": ("trtkit.cli.validate", "Check a served model against its contract and its source."),
     "loadtest": ("trtkit.cli.loadtest", "Measure latency and throughput of a served model."),

@@ -18,6 +18,8 @@ from google.protobuf.json_format import MessageToDict
 from trtkit import pbtxt
 from trtkit.contract_tensors import Tensor
 
+LATER = ("Tensor", "InferenceResponse", "TritonError", "MetricFamily", "Logger")
+
 
 @dataclass
 class Loaded:
@@ -69,8 +71,9 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Loaded]]:
     """`load(folder, config)` imports the model.py in a version's folder and initializes it."""
     before = set(sys.modules)
     path = list(sys.path)
+    finalize: list[Callable[[], None]] = []
 
-    def make(folder: Path, config: dict[str, Any], *, initialize: bool = True) -> Loaded:
+    def make(folder: Path, config: dict[str, Any]) -> Loaded:
         outputs = declared(config)
         triton = fake_triton.module(outputs, batch=None if config["max_batch_size"] else 0)
         monkeypatch.setitem(sys.modules, "triton_python_backend_utils", triton)
@@ -78,13 +81,19 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Loaded]]:
         assert spec is not None
         assert spec.loader is not None
         code = importlib.util.module_from_spec(spec)
+        # The server puts these into the module only after it has imported the model.
+        later = {name: vars(triton).pop(name) for name in LATER}
         spec.loader.exec_module(code)
+        vars(triton).update(later)
         loaded = Loaded(code.TritonPythonModel(), code, triton, [tensor.name for tensor in outputs])
-        if initialize:
-            loaded.model.initialize({"model_config": json.dumps(config), "model_name": "m", "model_version": "1"})
+        args = {"model_name": "m", "model_version": "1", "model_repository": str(folder.parent)}
+        loaded.model.initialize({"model_config": json.dumps(config), **args})
+        finalize.append(getattr(loaded.model, "finalize", lambda: None))
         return loaded
 
     yield make
+    for end in finalize:
+        end()
     sys.path[:] = path
     for name in {"function", "llmapi_model", "helpers"} - before:
         sys.modules.pop(name, None)

@@ -100,6 +100,7 @@ def _model(job: Job, engine: str, parameters: dict[str, str]) -> Files:
     )
     scheduling.place(message, serving)
     scheduling.choose_versions(message, serving)
+    scheduling.cache(message, serving)
     tokenizer_json(job.tokenizer_dir)
     files: Files = {
         f"{serving_contract.MODEL}/config.pbtxt": pbtxt.dumps(message),

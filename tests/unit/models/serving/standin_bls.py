@@ -67,6 +67,7 @@ class Model:
     """What is behind the name `tensorrt_llm`."""
 
     def __init__(self, slots: int, release: str | None, repeats_log_probs: bool) -> None:
+        self.loses_errors = False  # those that are not the first response, as servers before 25.02 do
         self.world = World(slots)
         self.declared = {tensor.name: tensor for tensor in contract.llm_inputs(version=release)}
         self.requests: list[dict[str, Any]] = []
@@ -130,6 +131,9 @@ class _Teller:
         if token is not None:
             self._tokens.append(token)
             self._log_probs.append(log_prob(token))
+        if (error or finish == "cancelled") and self._model.loses_errors and self._streams:
+            self._model.over(self._name)
+            return
         if error or finish == "cancelled":
             code = TritonError.CANCELLED if finish else TritonError.INTERNAL
             self._answers.put(Response([], TritonError(error or finish, code)))

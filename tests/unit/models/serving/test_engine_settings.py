@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -280,6 +281,26 @@ def test_a_stop_that_comes_too_early_is_repeated(make: Make, monkeypatch: pytest
     release.set()
     bench.until(lambda: not bench.engine._runs)
     assert library.stops > 1
+
+
+def test_a_stream_that_falls_silent_is_given_up(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = make("triton", slots=1)
+    module = sys.modules[type(bench.engine).__module__]
+    for name, value in (("SILENCE_S", 0.3), ("LAST_WORD_S", 0.1), ("WATCH_S", 0.02)):
+        monkeypatch.setattr(module, name, value)
+    library = bench.library()
+    library.loses_errors = True
+    cancelled, silent = bench.job(max_tokens=100_000), bench.job(max_tokens=100_000)
+    bench.submit(cancelled)
+    assert bench.engine.step(10)
+    bench.engine.cancel(cancelled.key)
+    bench.submit(silent)
+    heard: list[Any] = []
+    bench.until(lambda: heard.extend(bench.engine.step(0.1)) or heard)  # the one thread was replaced
+    assert heard[0].key == silent.key
+    library.world.stop(library.world.running[0])
+    assert bench.hear(silent)[0].code == "UNAVAILABLE"
+    assert bench.run(bench.job())[0].finish == "length"
 
 
 def test_requests_of_two_models_have_different_ids(make: Make) -> None:

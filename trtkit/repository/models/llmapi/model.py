@@ -36,9 +36,8 @@ def _load() -> Any:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        pb_utils.Logger.log_info("".join(traceback.format_exception(type(error), error, error.__traceback__)))
         reason = " ".join(str(error).split())
-        raise ImportError(f"{file} cannot be loaded: {type(error).__name__}: {reason}") from None
+        raise ImportError(f"{file} cannot be loaded: {type(error).__name__}: {reason}") from error
     if not hasattr(module, "TritonPythonModel"):
         raise ImportError(f"{file} has no TritonPythonModel: serving.llmapi_folder names another model's folder")
     return module.TritonPythonModel
@@ -51,8 +50,11 @@ class Unloadable:
     """
 
     reason = ""
+    traceback = ""
 
     def initialize(self, args: dict[str, str]) -> None:
+        if self.traceback:
+            pb_utils.Logger.log_info(self.traceback)
         raise ImportError(self.reason)
 
 
@@ -60,4 +62,7 @@ try:
     TritonPythonModel = _load()
 except ImportError as error:
     Unloadable.reason = str(error)
+    if error.__cause__ is not None:
+        # Kept until the server can write it: it has no Logger yet.
+        Unloadable.traceback = "".join(traceback.format_exception(error.__cause__))
     TritonPythonModel = Unloadable

@@ -57,7 +57,7 @@ class ServingModel:
     """What model.py offers to Triton as `TritonPythonModel`."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Loads tokenizer, chat template and engine, and starts the thread that answers. Raises ValueError (one line)."""
+        """Loads tokenizer, chat template and engine, and starts the thread that answers. ValueError: one line."""
         try:
             self._load(args)
         except Exception as error:

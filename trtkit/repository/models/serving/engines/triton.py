@@ -35,8 +35,8 @@ STOP_AGAIN_S = 0.05
 WATCH_S = 1.0
 SILENCE_S = 60.0
 LAST_WORD_S = 5.0
-"""A stream is given up after so long without a response, and after so long when nobody wants it any more. Servers before
-25.02 lose an error that is not a call's first response, and its iterator would wait for ever."""
+"""A stream is given up after so long without a response; the second is for one that nobody wants any more. Servers
+before 25.02 lose an error that is not a call's first response, and its iterator would wait for ever."""
 CLOSE_S = 10.0
 KEPT_S = 5.0
 """How long responses are kept after the last one. Servers before 25.01 let go of them in a thread of their own, without
