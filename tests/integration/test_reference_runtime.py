@@ -7,7 +7,10 @@ One server has the model three times: `streams` is decoupled, `unary` is not, `s
 from __future__ import annotations
 
 import queue
+import re
 import shutil
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -267,6 +270,14 @@ def unary(client: Any, prompt: list[int], count: int, **more: Any) -> list[int]:
     return tokens_of(client.infer("unary", inputs(prompt, count, **more), client_timeout=PATIENCE_S))
 
 
+def metrics(server: Any, model: str) -> dict[str, float]:
+    """What a model reports of itself."""
+    with urllib.request.urlopen(server.metrics_url, timeout=PATIENCE_S) as answer:  # noqa: S310
+        text = answer.read().decode()
+    found = re.findall(rf'^trtkit_reference_(\w+){{model="{model}",version="1"}} (\S+)$', text, re.MULTILINE)
+    return {name: float(value) for name, value in found}
+
+
 def test_concurrent_answers_equal_transformers(client: Any, greedy: Any) -> None:
     """Twice as many as there are slots, of different lengths."""
     plan = {seed: (prompt_of(seed, 3 + 5 * seed), 30 - 3 * seed) for seed in range(8)}
@@ -358,17 +369,23 @@ def test_words(client: Any, greedy: Any) -> None:
 
 
 def test_min_tokens_and_several_end_ids(client: Any, checkpoint: Path, tmp_path: Path, greedy: Any) -> None:
-    """A model with two end ids of its own, in a server of its own: ids are known only after a look at the answer."""
+    """A model with two end ids of its own, in a server of its own: ids are known only after a look at the answer.
+
+    Nobody else asks this server, so it is here that the model's own metrics are known.
+    """
     prompt = prompt_of(6)
     answer = greedy(prompt, 12)
     first, second = answer[5], answer[3]
     add_model(tmp_path, "ends", checkpoint, slots=2, decoupled=False, end_ids=f"{first}, {second}")
     expected = answer[: min(answer.index(first), answer.index(second))]
     with running_server(tmp_path) as deployment, grpc.InferenceServerClient(deployment.grpc_url) as connection:
+        answers: list[list[int]] = []
 
         def ask(**more: Any) -> list[int]:
             more["exclude_input_in_output"] = True
-            return tokens_of(connection.infer("ends", inputs(prompt, 12, **more), client_timeout=PATIENCE_S))
+            result = connection.infer("ends", inputs(prompt, 12, **more), client_timeout=PATIENCE_S)
+            answers.append(tokens_of(result))
+            return answers[-1]
 
         assert ask() == expected
         for named in (first, second):
@@ -378,6 +395,14 @@ def test_min_tokens_and_several_end_ids(client: Any, checkpoint: Path, tmp_path:
         assert len(longer) >= len(expected) + 3
         assert longer[: len(expected)] == expected
         assert not {first, second} & set(longer)
+        limit = time.monotonic() + PATIENCE_S
+        while (found := metrics(deployment, "ends"))["requests_total"] < len(answers):
+            assert time.monotonic() < limit, found
+            time.sleep(0.1)
+        assert found == {
+            "requests_total": len(answers), "generated_tokens_total": sum(map(len, answers)),
+            "cancelled_requests_total": 0, "running_sequences": 0, "waiting_requests": 0,
+        }  # fmt: skip
 
 
 def test_a_seed_makes_a_request_reproducible_in_any_company(client: Any) -> None:

@@ -34,6 +34,11 @@ class Bench:
     library: Any
     keys: Iterator[int] = field(default_factory=lambda: iter(range(1, 10**9)))
 
+    @property
+    def endless(self) -> int:
+        """Tokens that nobody waits for, so that a test hangs if what makes them is not ended."""
+        return 100 if self.library is None else 500_000
+
     def job(self, prompt: Sequence[int] = PROMPTS[0], max_tokens: int = 8, **settings: Any) -> Job:
         return Job(next(self.keys), list(prompt), max_tokens, **settings)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 VOCABULARY = 97
-LONGEST = 128
+LONGEST = 1_000_000
 
 
 def token(prompt: Sequence[int], place: int) -> int:

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_bench import KINDS, PROMPTS, Bench, checkpoint_fixture, make_fixture  # noqa: F401
+from engine_bench import KINDS, Bench, checkpoint_fixture, make_fixture  # noqa: F401
+from standin_model import LONGEST
 
 from trtkit.repository.models.serving.engine import RequestError, Sampling
 
@@ -132,7 +133,7 @@ def test_guided_decoding(kind: str, guide_type: str, guide: str | None, make: Ma
 def test_adapters(make: Make) -> None:
     asked = Sampling(lora_task_id=2)
     executor = make(
-        "executor", built='{"build_config": {"max_seq_len": 128, "lora_config": {"lora_target_modules": ["q"]}}}'
+        "executor", built='{"build_config": {"max_seq_len": 512, "lora_config": {"lora_target_modules": ["q"]}}}'
     )
     executor.run(executor.job(sampling=asked))
     assert executor.library().requests[-1].lora_config.task_id == 2
@@ -223,7 +224,7 @@ def test_a_rank_above_zero_waits_for_the_leader(make: Make) -> None:
 @pytest.mark.parametrize("kind", ["executor", "llmapi", "vllm", "triton"])
 def test_what_the_library_refuses_is_an_error_of_one_request(kind: str, make: Make) -> None:
     bench = make(kind, **({"model_name": "nowhere"} if kind == "triton" else {}))
-    wrong = bench.job(PROMPTS[0] * 100, 8) if kind != "llmapi" else bench.job(["a text"])
+    wrong = bench.job([1] * LONGEST, 8) if kind != "llmapi" else bench.job(["a text"])
     (heard,) = bench.run(wrong)
     assert heard.error
     assert not heard.tokens

@@ -70,7 +70,7 @@ def test_forbidden_tokens(bench: Bench) -> None:
 
 
 def test_a_cancelled_sequence_is_silent_and_gone(bench: Bench) -> None:
-    doomed = [bench.job(max_tokens=100) for _ in range(3)]
+    doomed = [bench.job(max_tokens=bench.endless) for _ in range(3)]
     bench.submit(*doomed)
     first = bench.engine.step(10)
     assert first
@@ -83,7 +83,7 @@ def test_a_cancelled_sequence_is_silent_and_gone(bench: Bench) -> None:
 
 def test_one_that_waits_is_cancelled_without_a_token(bench: Bench) -> None:
     busy = [bench.job(max_tokens=60, prompt=prompt) for prompt in PROMPTS[:3]]
-    waiting = [bench.job(max_tokens=100) for _ in range(3)]
+    waiting = [bench.job(max_tokens=bench.endless) for _ in range(3)]
     bench.submit(*busy, *waiting)
     for job in waiting:
         bench.engine.cancel(job.key)
@@ -128,7 +128,7 @@ def test_closing_ends_what_runs(kind: str, make: Callable[..., Bench], monkeypat
     bench = make(kind)
     if kind == "reference":  # runs in whoever steps; what its libraries start is not its own
         before = set(threading.enumerate())
-    bench.submit(*(bench.job(prompt, 100) for prompt in PROMPTS))
+    bench.submit(*(bench.job(prompt, bench.endless) for prompt in PROMPTS))
     bench.engine.step(10)
     bench.engine.close()
     monkeypatch.setattr(bench.engine, "close", lambda: None)
@@ -190,8 +190,8 @@ def test_any_schedule(kind: str, data: st.DataObject, make: Callable[..., Bench]
 
 
 def test_limits(make: Callable[..., Bench]) -> None:
-    for kind in ("reference", "executor", "vllm"):
+    for kind, longest in (("reference", 128), ("executor", LONGEST), ("vllm", LONGEST)):
         engine = make(kind).engine
-        assert (engine.vocab_size, engine.max_seq_len) == (VOCABULARY, LONGEST)
+        assert (engine.vocab_size, engine.max_seq_len) == (VOCABULARY, longest)
     assert make("triton", max_seq_len="77").engine.max_seq_len == 77
     assert make("llmapi", engine_args='{"max_seq_len": 55}').engine.max_seq_len == 55
