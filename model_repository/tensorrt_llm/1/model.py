@@ -17,6 +17,7 @@ Parameters in config.pbtxt (empty or an unfilled "${...}" means the default):
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,43 +26,38 @@ import triton_python_backend_utils as pb_utils
 from trtkit.errors import InputError, TrtkitError
 from trtkit.repository.models.reference import wire
 from trtkit.repository.models.reference.inflight import Progress
+from trtkit.repository.models.reference.loading import load_checkpoint
 from trtkit.repository.models.reference.parameters import Parameters
-from trtkit.repository.models.reference.worker import Code, Worker
+from trtkit.repository.models.reference.worker import Code, Counts, Worker
+from trtkit.repository.models.serving.metrics import Metrics
 
-SMALL = 50_000_000
-"""Parameters below which several threads per operation lose: each operation takes microseconds, and threads that wait
-for each other at its end stand still whenever the server or a client has the core."""
+REQUESTS = "trtkit_reference_requests_total"
+TOKENS = "trtkit_reference_generated_tokens_total"
+CANCELLED = "trtkit_reference_cancelled_requests_total"
+RUNNING = "trtkit_reference_running_sequences"
+WAITING = "trtkit_reference_waiting_requests"
+COUNTERS = {
+    REQUESTS: "Requests answered to their end",
+    TOKENS: "Tokens generated, for unfinished requests too",
+    CANCELLED: "Requests that were stopped or whose client went away",
+}
+GAUGES = {RUNNING: "Sequences that are being generated", WAITING: "Requests that wait for a slot"}
 
 
 class TritonPythonModel:
     """The interface that Triton's python backend expects."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Loads the checkpoint and starts the worker."""
-        import torch
+        """Loads the checkpoint and starts the worker.
 
-        from trtkit.checkpoint import open_checkpoint
-        from trtkit.convert.readback import load_transformers_model
-
-        config = json.loads(args["model_config"])
-        parameters = Parameters.of(config)
-        if config["max_batch_size"] < 1:
-            raise InputError("config.pbtxt: max_batch_size is 0", "set how many requests may run at a time")
-        version = Path(args["model_repository"]) / args["model_version"]
-        folder = version / parameters.text("checkpoint_dir", need=True)
-        longest = parameters.longest_sequence(open_checkpoint(folder).config)
-        model = load_transformers_model(folder)
-        small = sum(parameter.numel() for parameter in model.parameters()) < SMALL
-        if threads := parameters.integer("torch_threads") or (1 if small else None):
-            torch.set_num_threads(threads)
-        self.limits = wire.Limits(
-            vocab_size=model.config.vocab_size,
-            max_seq_len=longest,
-            end_ids=parameters.integers("end_ids"),
-            exclude_input_in_output=parameters.flag("exclude_input_in_output"),
-            decoupled=pb_utils.using_decoupled_model_transaction_policy(config),
-        )
-        self.worker = Worker(model, config["max_batch_size"], pb_utils.Logger.log_error)
+        Raises:
+            InputError: a parameter or the checkpoint is wrong; cause and fix on one line.
+        """
+        try:
+            self._start(args)
+        except TrtkitError as error:
+            # Raised here, so that the server's log says no more than this line and where it comes from.
+            raise InputError(_line(error)) from None
 
     def execute(self, requests: list[Any]) -> None:
         """Reads the requests and queues them. A wrong one is answered at once and leaves the others alone."""
@@ -70,7 +66,7 @@ class TritonPythonModel:
             try:
                 self._accept(request, reply)
             except TrtkitError as error:
-                reply.failed("; ".join(part for part in (error.cause, error.fix) if part), "INVALID_ARG")
+                reply.failed(_line(error), "INVALID_ARG")
             except Exception as error:
                 reply.failed(f"the request cannot be read: {type(error).__name__}: {error}", "INTERNAL")
 
@@ -78,6 +74,36 @@ class TritonPythonModel:
         """Stops the worker; requests that still run get an error."""
         if hasattr(self, "worker"):  # not after a failed initialize
             self.worker.close()
+
+    def _start(self, args: dict[str, str]) -> None:
+        config = json.loads(args["model_config"])
+        parameters = Parameters.of(config)
+        if config["max_batch_size"] < 1:
+            raise InputError("config.pbtxt: max_batch_size is 0", "set how many requests may run at a time")
+        loaded = load_checkpoint(parameters, Path(args["model_repository"]) / args["model_version"])
+        self.limits = wire.Limits(
+            vocab_size=loaded.vocab_size,
+            max_seq_len=loaded.max_seq_len,
+            end_ids=parameters.integers("end_ids"),
+            exclude_input_in_output=parameters.flag("exclude_input_in_output"),
+            decoupled=pb_utils.using_decoupled_model_transaction_policy(config),
+        )
+        labels = {"model": args["model_name"], "version": args["model_version"]}
+        self.metrics = Metrics(labels, counters=COUNTERS, gauges=GAUGES)
+        self.worker = Worker(loaded.model, config["max_batch_size"], pb_utils.Logger.log_error, self._count)
+
+    def _count(self, counts: Counts) -> None:
+        """In the worker's thread, after each step."""
+        self.metrics.values.update(
+            {
+                REQUESTS: counts.requests,
+                TOKENS: counts.tokens,
+                CANCELLED: counts.cancelled,
+                RUNNING: counts.running,
+                WAITING: counts.waiting,
+            }
+        )
+        self.metrics.report(time.monotonic())
 
     def _accept(self, request: Any, reply: Reply) -> None:
         given = ((name, pb_utils.get_input_tensor_by_name(request, name)) for name in wire.INPUTS)
@@ -128,6 +154,11 @@ class Reply:
             self.send(wire.answer_tensors(rows, index, exclude_input=ask.exclude_input, pad_id=ask.pad_id), last=last)
 
     def failed(self, message: str, code: Code) -> None:
+        if code == "CANCELLED" and self._decoupled:
+            # An empty end, as NVIDIA's backend gives. Servers before 25.02 lose an error that is not the first response
+            # to a BLS call, and whoever made the call would wait for ever.
+            self.send(wire.tensors([[]], [0], [0.0], [[]], 0), last=True)
+            return
         error = pb_utils.TritonError(message, getattr(pb_utils.TritonError, code))
         self._respond(pb_utils.InferenceResponse(error=error), last=True)
 
@@ -142,3 +173,7 @@ class Reply:
 
     def _respond(self, response: Any, *, last: bool) -> None:
         self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0)
+
+
+def _line(error: TrtkitError) -> str:
+    return "; ".join(part for part in (error.cause, error.fix) if part)

@@ -178,6 +178,7 @@ CASES = [
     Case("TK125", write("preprocessing/1/model.py", "class Model:\n    pass\n"), "preprocessing/1/model.py"),
     Case("TK126", remove("preprocessing/1/serving"), "preprocessing/1/model.py:"),
     Case("TK126", remove("postprocessing/1/serving"), "postprocessing/1/model.py:"),
+    Case("TK126", remove("postprocessing/1/serving/keyed.py"), "postprocessing/1/model.py:"),
     Case("TK127", insert("preprocessing/1/model.py", "import no_such_module_here.part"), "preprocessing/1/model.py:"),
     Case("TK131", as_reference("/nowhere/checkpoint"), "tensorrt_llm/config.pbtxt:"),
     Case("TK137", as_reference("/nowhere/modèles/checkpoint"), "tensorrt_llm/config.pbtxt:"),

@@ -126,6 +126,16 @@ def _parameters(job: Job) -> dict[str, str]:
         "timeout_ms": f"{serving.queue.default_timeout_microseconds / 1000:g}",
         "allow_timeout_override": flag(serving.queue.allow_timeout_override),
     }
-    if job.config.engine.max_seq_len is not None:
-        given["max_seq_len"] = str(job.config.engine.max_seq_len)
-    return given
+    longest = job.config.engine.max_seq_len or _positions(job.tokenizer_dir)
+    return {**given, "max_seq_len": str(longest)} if longest else given
+
+
+def _positions(source: Path) -> int | None:
+    """The most positions that the source's config.json speaks of, which is what an engine is built for by default."""
+    try:
+        config = json.loads((source / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    text = config.get("text_config", config) if isinstance(config, dict) else {}
+    found = text.get("max_position_embeddings") or text.get("n_positions")
+    return found if isinstance(found, int) and found > 0 else None

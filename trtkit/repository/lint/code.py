@@ -14,8 +14,8 @@ from trtkit.repository.lint.repository import Model
 from trtkit.repository.lint.rules import finding
 
 CLASS = "TritonPythonModel"
-HELPERS = {"tensors", "serving"}
-"""Modules that generated models bring along."""
+HELPER = "serving"
+"""The package that generated models bring along."""
 GIVEN = {"triton_python_backend_utils", "c_python_backend_utils"}
 """Modules that the server provides."""
 TRUST = "trust_remote_code"
@@ -28,7 +28,7 @@ class Code:
     Attributes:
         problem: why it cannot be compiled; `line` is where.
         has_class: whether the name TritonPythonModel is given a meaning.
-        imports: modules that are imported at the top of the file, with the line.
+        imports: modules that are imported at the top of the file, by their whole name, with the line.
         trusts: lines on which code from elsewhere is trusted (trust_remote_code=True).
     """
 
@@ -74,12 +74,17 @@ def lint_code(model: Model) -> Iterator[Finding]:
 
 
 def _missing(code: Code, file: Path, place: str, *, is_local: bool) -> Iterator[Finding]:
-    for name, line in code.imports:
-        if name in GIVEN or _is_installed(name) or _is_beside(name, file):
+    for full, line in code.imports:
+        name = full.partition(".")[0]
+        if name == HELPER:
+            path = file.parent.joinpath(*full.split("."))
+            if path.with_suffix(".py").is_file() or path.is_dir():
+                continue
+        elif name in GIVEN or _is_installed(name) or _is_beside(name, file):
             continue
-        rule = "TK126" if name in HELPERS else "TK127"
-        cause = f"module '{name}' is neither beside {file.name} nor installed here"
-        fix = "generate the repository again" if name in HELPERS else "make sure that the server's Python has it"
+        rule = "TK126" if name == HELPER else "TK127"
+        cause = f"module '{full if name == HELPER else name}' is neither beside {file.name} nor installed here"
+        fix = "generate the repository again" if name == HELPER else "make sure that the server's Python has it"
         yield finding(rule, f"{place}:{line}", cause, fix, severity="error" if is_local else None)
 
 
@@ -105,7 +110,7 @@ def _imports(tree: ast.Module) -> tuple[tuple[str, int], ...]:
             names = [node.module]
         else:
             continue
-        found |= {(name.partition(".")[0], node.lineno): None for name in names}
+        found |= {(name, node.lineno): None for name in names}
     return tuple(found)
 
 

@@ -20,21 +20,21 @@ class Answer:
     """One sequence: tokens in, text out, with nothing of a stop word in it.
 
     Attributes:
-        text: what may go out and has not yet; or, for cumulative streams, all that may.
-        fresh: `text` has grown since it was sent.
+        parts: text that may go out and has not yet; or, for cumulative streams, all that may.
+        fresh: `parts` has grown since it was sent.
         tokens: how many tokens the text is made of.
         finish: `stop` or `length` once it is over.
         ended: the response with its finish is out.
     """
 
     __slots__ = (
-        "_stops", "_stream", "ended", "finish", "fresh", "key", "log_probs", "log_probs_sent", "text", "tokens"
+        "_stops", "_stream", "ended", "finish", "fresh", "key", "log_probs", "log_probs_sent", "parts", "tokens"
     )  # fmt: skip
 
     def __init__(self, key: int, stream: TextStream, stops: StopStrings) -> None:
         self.key = key
         self._stream, self._stops = stream, stops
-        self.text = ""
+        self.parts: list[str] = []
         self.fresh = False
         self.tokens = 0
         self.finish = ""
@@ -60,7 +60,7 @@ class Answer:
 
     def _add(self, text: str) -> None:
         if text:
-            self.text += text
+            self.parts.append(text)
             self.fresh = True
 
 
@@ -145,13 +145,13 @@ class Reply:
 
     def _text(self, answer: Answer) -> str:
         """What goes out of an answer now."""
-        text = answer.text
+        text = "".join(answer.parts)
         answer.fresh = False
         answer.ended = bool(answer.finish)
         if not self.ask.streams:
             return self.text_in_front + text
         if not self.ask.cumulative:
-            answer.text = ""
+            answer.parts.clear()
         return text
 
     def _log_probs(self, answers: Sequence[Answer]) -> list[Any]:

@@ -20,12 +20,12 @@ import triton_python_backend_utils as pb_utils
 
 from .answers import Answer, Reply
 from .chat import ChatError
-from .engine import Engine, RequestError, Step
+from .engine import Code, Engine, RequestError, Step
 from .metrics import Metrics
 from .reader import Reader
 from .settings import Settings
 
-CANCEL_POLL_S = 0.06
+CANCEL_POLL_S = 0.08
 """How often a running request is asked whether its client has gone. Each question costs about 80 us of CPU."""
 IDLE_S = 0.5
 """How long the engine may wait for work before the metrics are brought up to date."""
@@ -57,7 +57,17 @@ class ServingModel:
     """What model.py offers to Triton as `TritonPythonModel`."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Loads tokenizer, chat template and engine, and starts the thread that answers."""
+        """Loads tokenizer, chat template and engine, and starts the thread that answers. ValueError: one line."""
+        try:
+            self._load(args)
+        except Exception as error:
+            fix = getattr(error, "fix", "")  # of trtkit's own errors, which the reference runtime raises
+            if not fix and not isinstance(error, ValueError):
+                raise
+            # From here, so that the server's log has this line and no list of frames.
+            raise ValueError("; ".join(" ".join(part.split()) for part in (str(error), fix) if part)) from None
+
+    def _load(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
         folder = Path(args["model_repository"]) / args["model_version"]
         self._settings = settings = Settings.of(config, folder)
@@ -114,14 +124,22 @@ class ServingModel:
                 self._waiting.append(reply)
 
     def _refuse(self, reply: Reply, error: Exception) -> None:
-        self._metrics.values[REFUSED] += 1
+        with self._lock:
+            self._metrics.values[REFUSED] += 1
         if isinstance(error, RequestError):
-            reply.fail(str(error), error.code)
+            self._fail(reply, str(error), error.code)
         elif isinstance(error, ChatError):
-            reply.fail(f"messages: {error}", "INVALID_ARG")
+            self._fail(reply, f"messages: {error}", "INVALID_ARG")
         else:
-            pb_utils.Logger.log_error(f"a request cannot be read: {error!r}")
-            reply.fail(f"the request cannot be read: {type(error).__name__}: {error}", "INTERNAL")
+            pb_utils.Logger.log_error(f"a request cannot be started: {error!r}")
+            self._fail(reply, f"the request cannot be started: {type(error).__name__}: {error}", "INTERNAL")
+
+    @staticmethod
+    def _fail(reply: Reply, message: str, code: Code) -> None:
+        try:
+            reply.fail(message, code)
+        except Exception as error:
+            pb_utils.Logger.log_error(f"a client could not be told '{message}': {error!r}")
 
     # Under the lock.
 
@@ -132,8 +150,14 @@ class ServingModel:
         for job in reply.jobs:
             self._running[job.key] = reply
         self._arrived.append(reply)
-        for job in reply.jobs:
-            self._engine.submit(job)
+        try:
+            for job in reply.jobs:
+                self._engine.submit(job)
+        except Exception:
+            for job in reply.jobs:
+                del self._running[job.key]
+                self._engine.cancel(job.key)
+            raise
 
     # The answering thread.
 
@@ -168,8 +192,8 @@ class ServingModel:
             return IDLE_S
         if self._held:
             since = next(iter(self._held)).held_since or 0.0
-            return min(max(since + self._settings.max_token_wait_s - time.monotonic(), 0.0), CANCEL_POLL_S / 3)
-        return CANCEL_POLL_S / 3
+            return min(max(since + self._settings.max_token_wait_s - time.monotonic(), 0.0), CANCEL_POLL_S / 4)
+        return CANCEL_POLL_S / 4
 
     def _advance(self, step: Step, now: float) -> None:
         """Turns what is new about one sequence into text, and sends it if it is time."""
@@ -246,28 +270,34 @@ class ServingModel:
                 if not self._waiting or not self._has_room(self._waiting[0]):
                     return
                 reply = self._waiting.popleft()
-            if reply.is_cancelled():
-                self._metrics.values[CANCELLED] += 1
-                reply.fail("cancelled", "CANCELLED")
-                continue
-            self._metrics.values[QUEUE_TIME] += time.monotonic() - reply.arrived
-            with self._lock:
-                self._start(reply)
+            try:
+                if reply.is_cancelled():
+                    raise RequestError("cancelled", "CANCELLED")
+                self._metrics.values[QUEUE_TIME] += time.monotonic() - reply.arrived
+                with self._lock:
+                    self._start(reply)
+            except RequestError as error:
+                self._metrics.values[CANCELLED] += error.code == "CANCELLED"
+                self._fail(reply, str(error), error.code)
+            except Exception as error:
+                self._refuse(reply, error)
 
     def _look_after_queue(self, now: float) -> None:
         """Turns away those that have waited too long."""
-        if any(reply.deadline is not None and reply.deadline <= now for reply in self._waiting):
-            with self._lock:
-                late = [reply for reply in self._waiting if reply.deadline is not None and reply.deadline <= now]
+        with self._lock:
+            late = [reply for reply in self._waiting if reply.deadline is not None and reply.deadline <= now]
+            if late:
                 self._waiting = deque(reply for reply in self._waiting if reply not in late)
-            for reply in late:
-                self._metrics.values[REFUSED] += 1
-                waited = 1000 * (now - reply.arrived)
-                reply.fail(f"the deadline is exceeded: {waited:.0f} ms in the queue", "UNAVAILABLE")
+        for reply in late:
+            waited = 1000 * (now - reply.arrived)
+            self._refuse(reply, RequestError(f"the deadline is exceeded: {waited:.0f} ms in the queue", "UNAVAILABLE"))
         self._admit()
 
     def _look_for_cancelled(self, now: float) -> None:
-        while self._polls and self._polls[0][0] <= now:
+        """Asks about those whose turn it is, but never about all at once: tokens would wait for the answers."""
+        for _ in range(1 + len(self._polls) // 4):
+            if not self._polls or self._polls[0][0] > now:
+                return
             _, reply = self._polls.popleft()
             if reply.over:
                 continue
@@ -277,12 +307,9 @@ class ServingModel:
             else:
                 self._polls.append((now + CANCEL_POLL_S, reply))
 
-    def _end(self, reply: Reply, message: str, code: Any) -> None:
+    def _end(self, reply: Reply, message: str, code: Code) -> None:
         """Ends a request with an error."""
-        try:
-            reply.fail(message, code)
-        except Exception as error:
-            pb_utils.Logger.log_error(f"a client could not be told '{message}': {error!r}")
+        self._fail(reply, message, code)
         self._cancel(reply)
 
     def _cancel(self, reply: Reply) -> None:
@@ -294,7 +321,7 @@ class ServingModel:
             self._engine.cancel(key)
         self._admit()
 
-    def _end_all(self, message: str, code: Any) -> None:
+    def _end_all(self, message: str, code: Code) -> None:
         with self._lock:
             replies = [*dict.fromkeys(self._running.values()), *self._waiting]
             self._waiting.clear()

@@ -49,7 +49,12 @@ class Reader:
                 refuse(reply, error)
         ready: list[Reply] = []
         for special, group in asked.items():
-            prompts = self._tokenizer.encode([text for _, text in group], add_special_tokens=special)
+            try:
+                prompts = self._tokenizer.encode([text for _, text in group], add_special_tokens=special)
+            except Exception as error:
+                for reply, _ in group:
+                    refuse(reply, error)
+                continue
             for (reply, text), prompt in zip(group, prompts, strict=True):
                 try:
                     self._add_jobs(reply, text, prompt)
@@ -80,7 +85,7 @@ class Reader:
         bad_words = [ids for word in ask.bad_words for ids in self._tokenizer.word(word)]
         for number in range(ask.sequences):
             stream = self._tokenizer.stream(prompt if ask.text is not None else ())
-            answer = Answer(next(self._keys), stream, StopStrings(ask.stop_words, include=ask.include_stop))
+            answer = Answer(next(self._keys), stream, _stops(ask))
             job = Job(
                 answer.key,
                 prompt,
@@ -89,7 +94,8 @@ class Reader:
                 settings.end_ids if ask.end_ids is None else ask.end_ids,
                 bad_words,
                 ask.log_probs,
-                ask.streams,
+                # Stop words are found here, in the text, as it comes: they end the engine's work too.
+                ask.streams or (self._decoupled and bool(ask.stop_words)),
             )
             self._engine.check(job)
             reply.answers.append(answer)
@@ -110,3 +116,10 @@ class Reader:
                 f"max_seq_len {longest}"
             )
         return min(wanted, room)
+
+
+def _stops(ask: Ask) -> StopStrings:
+    try:
+        return StopStrings(ask.stop_words, include=ask.include_stop)
+    except ValueError as error:
+        raise RequestError(f"stop_words: {error}") from None

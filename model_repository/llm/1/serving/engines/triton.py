@@ -14,6 +14,7 @@ import queue
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +32,15 @@ ENTRANCES = 24
 BLS (`--backend-config=python,thread-pool-size`), and a stop must always find a free one."""
 STOP_AGAIN_S = 0.05
 """A stop that was faster than the request it should stop does nothing, so it is repeated until the sequence ends."""
+WATCH_S = 1.0
+SILENCE_S = 60.0
+LAST_WORD_S = 5.0
+"""A stream is given up after so long without a response; the second is for one that nobody wants any more. Servers
+before 25.02 lose an error that is not a call's first response, and its iterator would wait for ever."""
 CLOSE_S = 10.0
+KEPT_S = 5.0
+"""How long responses are kept after the last one. Servers before 25.01 let go of them in a thread of their own, without
+Python's lock, which corrupts Python's memory if that is the last reference; so the last one has to be here."""
 
 
 class _Run:
@@ -42,6 +51,8 @@ class _Run:
         self.name = name  # the request's id
         self.tokens = 0
         self.sent = False
+        self.heard: float | None = None  # when the last response came; None before the first
+        self.thread: threading.Thread | None = None
         self.over = False  # nothing more will come from the model
 
 
@@ -69,6 +80,7 @@ class Engine:
         self._lock = threading.Lock()
         self._runs: dict[int, _Run] = {}  # under the lock, as the threads
         self._threads: list[threading.Thread] = []
+        self._kept: deque[tuple[float, Any]] = deque()
         self._stopper = threading.Thread(target=self._send_stops, name="stops", daemon=True)
         self._stopper.start()
 
@@ -82,9 +94,7 @@ class Engine:
         with self._lock:
             self._runs[job.key] = run
             if len(self._threads) < min(self._slots, len(self._runs)):
-                thread = threading.Thread(target=self._work, name=f"bls-{len(self._threads)}", daemon=True)
-                self._threads.append(thread)
-                thread.start()
+                self._start_thread()
         self._todo.put(run)
 
     def cancel(self, key: int) -> None:
@@ -114,14 +124,44 @@ class Engine:
 
     def _work(self) -> None:
         while (run := self._todo.get()) is not None:
+            run.thread = threading.current_thread()
             try:
                 if self._mail.is_open(run.job.key):
                     self._follow(run)
             except Exception as error:
                 self._mail.put(Step(run.job.key, error=f"{self._model}: {error}"))
-            with self._lock:
-                run.over = True
-                self._runs.pop(run.job.key, None)
+            if not self._end(run):
+                return  # it was given up; another thread has its place
+
+    def _end(self, run: _Run) -> bool:
+        with self._lock:
+            ended, run.over = not run.over, True
+            if ended:
+                del self._runs[run.job.key]
+        return ended
+
+    def _give_up_silent(self) -> None:
+        """Ends sequences of which nothing has been heard for too long. Their threads wait on, in the server's code."""
+        now = time.monotonic()
+        with self._lock:
+            running = [run for run in self._runs.values() if run.heard is not None]
+        for run in running:
+            wanted = self._mail.is_open(run.job.key)
+            if now - (run.heard or now) < (SILENCE_S if wanted else LAST_WORD_S):
+                continue
+            error = f"{self._model} has not answered for {SILENCE_S:g} s"
+            self._mail.put(Step(run.job.key, error=error, code="UNAVAILABLE"))
+            self._stop(run)
+            if self._end(run):
+                with self._lock:
+                    if run.thread in self._threads:
+                        self._threads.remove(run.thread)
+                        self._start_thread()
+
+    def _start_thread(self) -> None:
+        thread = threading.Thread(target=self._work, name="bls", daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def _follow(self, run: _Run) -> None:
         job = run.job
@@ -132,13 +172,25 @@ class Engine:
             responses = request.exec(decoupled=True)  # comes back with the first response
         # The loop goes on after an end: an iterator that is not used up waits for its last response anyway.
         for response in responses:
+            run.heard = time.monotonic()
             if response.has_error():
                 code = _CODES.get(response.error().code(), "INTERNAL")
                 self._mail.put(Step(job.key, error=f"{self._model}: {response.error().message()}", code=code))
             elif self._mail.is_open(job.key) and response.output_tensors():
                 self._mail.put(_read(run, response))
+        self._keep(responses)
+        if run.heard is None:  # two calls that fail at once get one error between them (Triton 2.51)
+            self._mail.put(Step(job.key, error=f"{self._model}: no response"))
         # A model does not say why it ended; all that is left is an end id that it kept to itself.
         self._mail.put(Step(job.key, finish="stop"))
+
+    def _keep(self, responses: Any) -> None:
+        now = time.monotonic()
+        with self._lock:
+            self._kept.append((now, responses))
+            gone = []
+            while self._kept[0][0] < now - KEPT_S:
+                gone.append(self._kept.popleft())
 
     def _request(self, name: str, inputs: dict[str, Array], outputs: list[str]) -> Any:
         return pb_utils.InferenceRequest(
@@ -186,20 +238,22 @@ class Engine:
         stopping: list[_Run] = []
         again = 0.0
         while True:
+            now = time.monotonic()
             try:
-                run = self._stops.get(timeout=max(again - time.monotonic(), 0.001) if stopping else None)
+                run = self._stops.get(timeout=max(again - now, 0.001) if stopping else WATCH_S)
                 if run is None:
                     return
-                stopping.append(run)
-                due = [run]
+                if self._stop(run):
+                    stopping.append(run)
             except queue.Empty:
-                due, again = stopping, time.monotonic() + STOP_AGAIN_S
-            stopping = [run for run in stopping if not run.over and self._stop(run, run in due)]
+                stopping = [run for run in stopping if not run.over and self._stop(run)]
+                again = time.monotonic() + STOP_AGAIN_S
+                self._give_up_silent()
 
-    def _stop(self, run: _Run, due: bool) -> bool:
-        """Whether it is worth another try."""
-        if not (due and run.sent):
-            return True
+    def _stop(self, run: _Run) -> bool:
+        """Ends the work of the model; whether it is worth another try."""
+        if not run.sent:
+            return not run.over
         inputs = {
             "input_ids": np.array([run.job.prompt[:1]], dtype=np.int32),
             "input_lengths": _one(1, np.int32),
@@ -209,6 +263,7 @@ class Engine:
         try:
             responses = self._request(run.name, inputs, ["sequence_length"]).exec(decoupled=True)
             wrong = [response.error().message() for response in responses if response.has_error()]
+            self._keep(responses)
         except Exception as error:
             wrong = [repr(error)]
         if wrong and not run.over:
