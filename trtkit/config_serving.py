@@ -58,12 +58,14 @@ class ServingConfig(Strict):
     coalesce: bool = True
     """Tokens that the engine has ready together go out in one response."""
     max_token_wait_ms: Annotated[float, Field(ge=0, le=1000)] | None = None
-    """How long a token may wait for company before it is sent. None is 0 for `llm`, and 1 for an ensemble, where tokens
+    """How long a token may wait for company before it is sent. None is 0 for `llm`, and 0.5 for an ensemble, where tokens
     of all streams share the calls of postprocessing."""
     ensemble_outputs: list[Literal["cum_log_probs", "output_log_probs", "batch_index", "sequence_index"]] = []
     """What an ensemble returns beside the text. Each takes about 20 us of CPU per token, asked for or not. Requests
     with several prompts need batch_index where the ensemble streams, and `num_return_sequences` needs
     sequence_index."""
+    default_max_tokens: PositiveInt = 256
+    """Most tokens of an answer when the request to `llm` does not say (`max_tokens`)."""
     chat_template: str | None = None
     """A Jinja file for chat messages (relative to the config file); None takes the tokenizer's own."""
     max_batch_size: Annotated[int, Field(ge=1, le=65536)] = 64
@@ -225,6 +227,7 @@ OWNERS: dict[str, tuple[Runtime, ...]] = {
     "python": ("python",),
     "chat_template": LLM_RUNTIMES,
     "coalesce": LLM_RUNTIMES,
+    "default_max_tokens": LLM_RUNTIMES,
     "max_token_wait_ms": LLM_RUNTIMES,
     "ensemble_outputs": ("tensorrtllm", "reference"),
     "gpu_device_ids": ("tensorrtllm", "llmapi", "vllm", "onnxruntime"),

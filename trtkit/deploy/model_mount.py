@@ -152,7 +152,11 @@ def _in_parameters(repository: Path) -> Iterator[Named]:
         for key in ("gpt_model_path", "model"):
             if key in given:
                 arguments = given["engine_args"].string_value if "engine_args" in given else "{}"
-                yield _named(file, key, given[key].string_value, json.loads(arguments or "{}"))
+                try:
+                    yield _named(file, key, given[key].string_value, json.loads(arguments or "{}"))
+                except ValueError as error:
+                    cause = f"{file}: parameter 'engine_args' is no JSON: {error}"
+                    raise InputError(cause, "generate the repository again") from error
 
 
 def _in_arguments(repository: Path) -> Iterator[Named]:

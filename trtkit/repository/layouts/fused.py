@@ -25,13 +25,20 @@ FOLDER = f"{serving_contract.MODEL}/1"
 
 def render(job: Job) -> Files:
     """The `fused` topology."""
-    runtime = job.config.serving.runtime
-    if runtime != "reference" and job.config.serving.instances > 1:
+    serving = job.config.serving
+    refused = {
+        "instances": serving.instances > 1,
+        "preprocessing_instances": serving.preprocessing_instances > 1,
+        "warmup": bool(serving.warmup),
+        "queue.priority_levels": serving.queue.priority_levels > 0,
+        "queue.timeout_action": serving.queue.timeout_action == "delay",
+    }
+    for key in (key for key, given in refused.items() if given):
         raise InputError(
-            f"serving.instances is {job.config.serving.instances}, and in the fused topology an engine has one",
-            "set instances to 1, and start a server per engine",
+            f"serving.{key} does not go with topology fused, where one model has one engine and a queue of its own",
+            "remove the key, or use topology ensemble",
         )
-    return _model(job, *ENGINES[runtime](job))
+    return _model(job, *ENGINES[serving.runtime](job), fused=True)
 
 
 def front(job: Job) -> Files:
@@ -48,6 +55,10 @@ def _reference(job: Job) -> tuple[str, dict[str, str]]:
 
 
 def _executor(job: Job) -> tuple[str, dict[str, str]]:
+    if job.config.engine.max_beam_width > 1 or job.config.serving.decoding_mode == "beam_search":
+        raise InputError(
+            "topology fused has no beam search", "set engine.max_beam_width to 1, or use topology ensemble"
+        )
     # The file with the grammar's vocabulary is for the C++ backend; the engine takes it from the tokenizer beside it.
     parameters = tensorrtllm.parameters(replace(job, repository_path=job.repository_path or "/models"), {})
     parameters.pop("xgrammar_tokenizer_info_path", None)
@@ -85,7 +96,7 @@ ENGINES: dict[Runtime, Callable[[Job], tuple[str, dict[str, str]]]] = {
 """Runtime -> the module in models/serving/engines that drives it in the model's own process, with its parameters."""
 
 
-def _model(job: Job, engine: str, parameters: dict[str, str]) -> Files:
+def _model(job: Job, engine: str, parameters: dict[str, str], *, fused: bool = False) -> Files:
     serving = job.config.serving
     message = pbtxt.model_config(
         serving_contract.MODEL,
@@ -96,9 +107,13 @@ def _model(job: Job, engine: str, parameters: dict[str, str]) -> Files:
         backend="python",
         parameters={**parameters, **_parameters(job), "engine": engine},
         # Requests that come together are tokenised together; how many run and wait, the model itself decides.
-        dynamic_batching={},
+        dynamic_batching={
+            "preferred_batch_size": serving.preferred_batch_size,
+            "max_queue_delay_microseconds": serving.max_queue_delay_microseconds,
+        },
     )
-    scheduling.place(message, serving)
+    if fused:
+        scheduling.place(message, serving)
     scheduling.choose_versions(message, serving)
     scheduling.cache(message, serving)
     tokenizer_json(job.tokenizer_dir)
@@ -109,6 +124,8 @@ def _model(job: Job, engine: str, parameters: dict[str, str]) -> Files:
     for name in TOKENIZER_FILES:
         if (job.tokenizer_dir / name).is_file():
             files[f"{FOLDER}/tokenizer/{name}"] = (job.tokenizer_dir / name).read_bytes()
+    for path in sorted((job.tokenizer_dir / "additional_chat_templates").glob("*.jinja")):
+        files[f"{FOLDER}/tokenizer/additional_chat_templates/{path.name}"] = path.read_bytes()
     if serving.chat_template is not None:
         files[f"{FOLDER}/tokenizer/chat_template.jinja"] = Path(serving.chat_template).read_bytes()
     return files
@@ -121,6 +138,7 @@ def _parameters(job: Job) -> dict[str, str]:
         "end_ids": ",".join(map(str, job.end_ids)),
         "add_special_tokens": flag(serving.add_special_tokens),
         "coalesce": flag(serving.coalesce),
+        "default_max_tokens": str(serving.default_max_tokens),
         "max_token_wait_ms": f"{serving.max_token_wait_ms or 0.0:g}",
         "max_queue_size": str(serving.max_queue_size),
         "timeout_ms": f"{serving.queue.default_timeout_microseconds / 1000:g}",

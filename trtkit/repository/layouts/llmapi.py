@@ -173,7 +173,8 @@ def _lora(job: Job) -> dict[str, Any]:
             "its requests name adapters since 1.3",
             "use topology fused, or leave it out",
         )
-    for key in ("adapters", "prefetch_dir", "gpu_memory_fraction", "host_memory_bytes"):
+    alone = ("adapters",) if job.config.serving.layout is None else ()  # `llm` is told of them at its start
+    for key in (*alone, "prefetch_dir", "gpu_memory_fraction", "host_memory_bytes"):
         if getattr(lora, key):
             raise InputError(f"serving.lora.{key} does not go with runtime 'llmapi'", "remove the key")
     return {"max_lora_rank": lora.max_rank, **({"max_loras": lora.max_loras} if lora.max_loras else {})}

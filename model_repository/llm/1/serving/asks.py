@@ -19,7 +19,9 @@ from .engine import RequestError, Sampling
 
 Array = npt.NDArray[Any]
 MAX_SEQUENCES = 16
-_MOST_WORDS, _MOST_WORD_BYTES = 256, 4096
+LEAST_TEMPERATURE = 1e-6
+"""Logits are divided by it; by less they would leave the range of float32."""
+_MOST_WORDS, _MOST_CHARACTERS = 256, 4096
 
 
 @dataclass
@@ -77,7 +79,7 @@ def _settings(ask: Ask, given: _Inputs) -> None:
     ask.template_arguments = given.json_object("chat_template_kwargs")
     ask.max_tokens = given.integer("max_tokens", least=1)
     ask.sampling = Sampling(
-        temperature=given.number("temperature", least=0),
+        temperature=given.temperature(),
         top_k=given.integer("top_k", least=0),
         top_p=given.number("top_p", least=0, most=1),
         repetition_penalty=given.number("repetition_penalty", least=1e-6),
@@ -139,6 +141,12 @@ class _Inputs:
         _check_range(name, value, least, most)
         return float(value)
 
+    def temperature(self) -> float | None:
+        value = self.number("temperature", least=0)
+        if value and value < LEAST_TEMPERATURE:
+            raise RequestError(f"temperature: {value} must be 0 (greedy) or {LEAST_TEMPERATURE} or more")
+        return value
+
     def flag(self, name: str, default: bool) -> bool:
         value = self._one(name)
         return default if value is None else bool(value)
@@ -149,8 +157,10 @@ class _Inputs:
         if array is None:
             return ()
         words = tuple(_decoded(word, name) for word in array.reshape(-1).tolist() if word)
-        if len(words) > _MOST_WORDS or any(len(word) > _MOST_WORD_BYTES for word in words):
-            raise RequestError(f"{name}: more than {_MOST_WORDS} words, or one of more than {_MOST_WORD_BYTES} bytes")
+        if len(words) > _MOST_WORDS or any(len(word) > _MOST_CHARACTERS for word in words):
+            raise RequestError(
+                f"{name}: more than {_MOST_WORDS} words, or one of more than {_MOST_CHARACTERS} characters"
+            )
         return words
 
     def json_object(self, name: str) -> dict[str, Any]:

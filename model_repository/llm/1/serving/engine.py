@@ -47,7 +47,7 @@ class Sampling:
 
     def reseeded(self, number: int) -> Sampling:
         """The settings of the request's further sequences: another seed, if one was given."""
-        return self if self.seed is None else replace(self, seed=self.seed + number)
+        return self if self.seed is None else replace(self, seed=(self.seed + number) % 2**64)
 
 
 @dataclass(frozen=True)

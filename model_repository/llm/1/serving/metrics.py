@@ -14,7 +14,7 @@ import triton_python_backend_utils as pb_utils
 
 INTERVAL_S = 1.0
 OBSERVATIONS = 4
-"""Observations that one call of `report` hands over."""
+"""Observations that one call of `report` hands over, at least."""
 SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]
 """Upper bounds of the buckets of a histogram."""
 
@@ -61,7 +61,7 @@ class Metrics:
 
     def report(self, now: float) -> None:
         """Brings over what is due; `now` in seconds of the monotonic clock. To be called often."""
-        for _ in range(min(OBSERVATIONS, len(self._observed))):
+        for _ in range(min(max(OBSERVATIONS, len(self._observed) // 16), len(self._observed))):
             histogram, seconds = self._observed.popleft()
             histogram.observe(seconds)
         if now < self._next:

@@ -85,7 +85,7 @@ class Reader:
         bad_words = [ids for word in ask.bad_words for ids in self._tokenizer.word(word)]
         for number in range(ask.sequences):
             stream = self._tokenizer.stream(prompt if ask.text is not None else ())
-            answer = Answer(next(self._keys), stream, _stops(ask))
+            answer = Answer(next(self._keys), stream, _stops(ask), watches=bool(ask.stop_words))
             job = Job(
                 answer.key,
                 prompt,

@@ -148,6 +148,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"text_input": "a" * 300}, "max_tokens: 1 tokens after a prompt of 300"),
     ({"text_input": "a", "temperature": -1.0}, "temperature: -1.0 must be 0 or more"),
     ({"text_input": "a", "temperature": float("nan")}, "temperature: nan is no finite number"),
+    ({"text_input": "a", "temperature": 1e-9}, "must be 0 (greedy) or 1e-06 or more"),
+    ({"messages": '[{"role": "user", "content": "a"}]', "chat_template_kwargs": '{"name": []}'}, "must be text"),
     ({"text_input": "a", "top_p": 1.5}, "top_p: 1.5 must be 0 to 1"),
     ({"text_input": "a", "top_k": -1}, "top_k: -1 must be 0 or more"),
     ({"text_input": "a", "num_return_sequences": 99}, "num_return_sequences: 99 must be 1 to 16"),
@@ -309,6 +311,51 @@ def test_an_engine_that_raises_leaves_nobody_waiting(serve: Serve) -> None:
     server.send(after)
     server.answer(server.job(), "goes on")
     assert after.wait().text == "goes on"
+
+
+def test_an_engine_that_never_recovers_answers_everybody(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = serve(max_batch_size=1)
+
+    def broken(*_: Any) -> Any:
+        raise ValueError("gone")
+
+    monkeypatch.setattr(server.engine, "step", broken)
+    monkeypatch.setattr(server.engine, "cancel", broken)
+    for number in range(3):
+        request = Request(text_input=f"{number}")
+        server.send(request)
+        assert "ValueError: gone" in str(request.wait().error)
+    monkeypatch.undo()
+    after = Request(text_input="b")
+    server.send(after)
+    server.until(lambda: server.engine.jobs[-1].prompt == server.ids("b"))
+    server.answer(server.engine.jobs[-1], "fine")
+    assert after.wait().text == "fine"
+
+
+def test_a_client_that_leaves_the_queue_frees_its_place(serve: Serve) -> None:
+    server = serve(max_batch_size=1, max_queue_size="1")
+    running, gone = Request(text_input="a"), Request(text_input="b")
+    server.send(running, gone)
+    gone.sender.cancelled = True
+    assert gone.wait().error.code == fake_triton.TritonError.CANCELLED
+    after = Request(text_input="c")
+    server.send(after)
+    server.answer(server.job(0), "one")
+    server.answer(server.job(1), "three")
+    assert (running.wait().text, after.wait().text) == ("one", "three")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_behind_a_stop_word_do_not_count(serve: Serve, stream: bool) -> None:
+    server = serve()
+    request = Request(text_input="a", stop_words=["b"], stream=stream, return_log_probs=True)
+    server.send(request)
+    ids = [number for letter in "xbyz" for number in server.ids(letter)]
+    server.engine.give(Step(server.job().key, ids, "length", log_probs=(-1.0, -2.0, -4.0, -8.0)))
+    assert request.wait().text == "x"
+    assert request.last("completion_tokens") == [2]
+    assert request.last("cum_log_probs") == [-3.0]
 
 
 def test_an_engine_that_refuses_a_job_leaves_its_slot_free(serve: Serve) -> None:

@@ -19,6 +19,9 @@ FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 class Answer:
     """One sequence: tokens in, text out, with nothing of a stop word in it.
 
+    Args:
+        watches: there are stop words.
+
     Attributes:
         parts: text that may go out and has not yet; or, for cumulative streams, all that may.
         fresh: `parts` has grown since it was sent.
@@ -28,12 +31,13 @@ class Answer:
     """
 
     __slots__ = (
-        "_stops", "_stream", "ended", "finish", "fresh", "key", "log_probs", "log_probs_sent", "parts", "tokens"
+        "_stops", "_stream", "_watches", "ended", "finish", "fresh", "key", "log_probs", "log_probs_sent", "parts",
+        "tokens",
     )  # fmt: skip
 
-    def __init__(self, key: int, stream: TextStream, stops: StopStrings) -> None:
+    def __init__(self, key: int, stream: TextStream, stops: StopStrings, *, watches: bool) -> None:
         self.key = key
-        self._stream, self._stops = stream, stops
+        self._stream, self._stops, self._watches = stream, stops, watches
         self.parts: list[str] = []
         self.fresh = False
         self.tokens = 0
@@ -44,11 +48,13 @@ class Answer:
 
     def take(self, step: Step) -> None:
         """Receives what the engine has made. After a stop word there is a `finish` although the engine goes on."""
-        if step.tokens:
-            self.tokens += len(step.tokens)
-            self._add(self._stops.push(self._stream.push(step.tokens)))
-            if step.log_probs:
-                self.log_probs += step.log_probs
+        if not self._watches:
+            self._take(step.tokens, step.log_probs)
+        else:  # one by one, so that tokens behind a stop word do not count, whatever came with them
+            for place in range(len(step.tokens)):
+                self._take(step.tokens[place : place + 1], step.log_probs[place : place + 1])
+                if self._stops.matched is not None:
+                    break
         if step.finish and self._stops.matched is None:
             self._add(self._stops.push(self._stream.finish()))
             if self._stops.matched is None:
@@ -57,6 +63,12 @@ class Answer:
             self.finish = "stop"
         elif step.finish:
             self.finish = step.finish
+
+    def _take(self, tokens: Sequence[int], log_probs: Sequence[float]) -> None:
+        if tokens:
+            self.tokens += len(tokens)
+            self._add(self._stops.push(self._stream.push(tokens)))
+            self.log_probs += log_probs
 
     def _add(self, text: str) -> None:
         if text:

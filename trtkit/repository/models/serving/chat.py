@@ -2,7 +2,8 @@
 
 A chat template is a Jinja program that comes with the model. It runs in a sandbox (see templates.py) that reaches no
 file, no import and no attribute with an underscore in front, and counted loops, text and time are bounded. (Memory is
-not: a template may still double a string until there is none left. Serve models whose template you would run.)
+not, nor is a loop over messages that writes nothing: a template may still double a string until there is none left.
+Serve models whose template you would run.)
 
 The prompt holds every special token that the model wants. Encode it without adding any.
 """
@@ -144,6 +145,8 @@ class ChatTemplate:
         Raises:
             ChatError: the template refuses the messages, fails, or exceeds a limit.
         """
+        if name is not None and not isinstance(name, str):
+            raise ChatError(f"the name of a chat template must be text, not {_kind(name)}")
         chosen = name or ("tool_use" if tools is not None and "tool_use" in self._templates else "default")
         template = self._templates.get(chosen)
         if template is None:

@@ -27,6 +27,8 @@ from .settings import Settings
 
 CANCEL_POLL_S = 0.08
 """How often a running request is asked whether its client has gone. Each question costs about 80 us of CPU."""
+QUEUE_LOOK_S = 0.01
+"""How often those that wait are looked after."""
 IDLE_S = 0.5
 """How long the engine may wait for work before the metrics are brought up to date."""
 
@@ -85,6 +87,8 @@ class ServingModel:
         self._polls: deque[tuple[float, Reply]] = deque()
         self._arrived: deque[Reply] = deque()
         self._held: dict[Reply, None] = {}
+        self._queue_due = 0.0
+        self._asked = 0
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="llm", daemon=True)
         self._thread.start()
@@ -155,20 +159,31 @@ class ServingModel:
                 self._engine.submit(job)
         except Exception:
             for job in reply.jobs:
-                del self._running[job.key]
-                self._engine.cancel(job.key)
+                self._running.pop(job.key, None)
+                self._drop(job.key)
             raise
+
+    def _drop(self, key: int) -> None:
+        """Tells the engine that a sequence is not wanted any more."""
+        try:
+            self._engine.cancel(key)
+        except Exception as error:
+            pb_utils.Logger.log_error(f"the engine does not let go of a sequence: {error!r}")
 
     # The answering thread.
 
     def _run(self) -> None:
+        failures = 0
         while not self._closing:
             try:
                 self._round()
-            except Exception as error:
-                # Nothing here is expected to raise; if something does, no client may be left waiting.
+                failures = 0
+            except BaseException as error:  # a panic in a Rust library is no Exception
+                # An engine that fails may go on failing. No client is left waiting, and the log is not flooded.
                 pb_utils.Logger.log_error(f"all requests were dropped: {error!r}")
                 self._end_all(f"internal error: {type(error).__name__}: {error}", "INTERNAL")
+                time.sleep(min(1.0, 0.01 * 2**failures))
+                failures = min(failures + 1, 10)
         self._end_all("the model is being unloaded", "UNAVAILABLE")
 
     def _round(self) -> None:
@@ -177,10 +192,16 @@ class ServingModel:
         while self._arrived:
             self._polls.append((now + CANCEL_POLL_S, self._arrived.popleft()))
         for step in steps:
-            self._advance(step, now)
+            try:
+                self._advance(step, now)
+            except Exception as error:
+                pb_utils.Logger.log_error(f"a request was dropped: {error!r}")
+                if (reply := self._running.get(step.key)) is not None:
+                    self._end(reply, f"internal error: {type(error).__name__}: {error}", "INTERNAL")
         if self._held:
             self._send_held(now)
-        if self._waiting:
+        if self._waiting and now >= self._queue_due:
+            self._queue_due = now + QUEUE_LOOK_S
             self._look_after_queue(now)
         self._look_for_cancelled(now)
         self._metrics.values[RUNNING], self._metrics.values[WAITING] = len(self._running), len(self._waiting)
@@ -232,7 +253,7 @@ class ServingModel:
         with self._lock:
             self._running.pop(step.key, None)
         if not step.finish:
-            self._engine.cancel(step.key)
+            self._drop(step.key)
         self._admit()
 
     def _finish(self, reply: Reply, now: float) -> None:
@@ -283,11 +304,21 @@ class ServingModel:
                 self._refuse(reply, error)
 
     def _look_after_queue(self, now: float) -> None:
-        """Turns away those that have waited too long."""
+        """Turns away those that have waited too long, and asks one in a hundred whether its client has gone."""
+        late: list[Reply] = []
+        asked: list[Reply] = []
         with self._lock:
-            late = [reply for reply in self._waiting if reply.deadline is not None and reply.deadline <= now]
-            if late:
-                self._waiting = deque(reply for reply in self._waiting if reply not in late)
+            staying: deque[Reply] = deque()
+            for reply in self._waiting:
+                (late if reply.deadline is not None and reply.deadline <= now else staying).append(reply)
+            self._waiting = staying
+            for _ in range(1 + len(staying) // 100 if staying else 0):
+                self._asked = (self._asked + 1) % len(staying)
+                asked.append(staying[self._asked])
+        for reply in asked:
+            if self._is_gone(reply):
+                self._metrics.values[CANCELLED] += 1
+                self._end(reply, "cancelled", "CANCELLED")
         for reply in late:
             waited = 1000 * (now - reply.arrived)
             self._refuse(reply, RequestError(f"the deadline is exceeded: {waited:.0f} ms in the queue", "UNAVAILABLE"))
@@ -301,11 +332,19 @@ class ServingModel:
             _, reply = self._polls.popleft()
             if reply.over:
                 continue
-            if reply.is_cancelled():
+            if self._is_gone(reply):
                 self._metrics.values[CANCELLED] += 1
                 self._end(reply, "cancelled", "CANCELLED")
             else:
                 self._polls.append((now + CANCEL_POLL_S, reply))
+
+    @staticmethod
+    def _is_gone(reply: Reply) -> bool:
+        try:
+            return reply.is_cancelled()
+        except Exception as error:
+            pb_utils.Logger.log_error(f"a client was dropped: {error!r}")
+            return True
 
     def _end(self, reply: Reply, message: str, code: Code) -> None:
         """Ends a request with an error."""
@@ -317,8 +356,10 @@ class ServingModel:
         self._held.pop(reply, None)
         with self._lock:
             keys = [job.key for job in reply.jobs if self._running.pop(job.key, None) is not None]
+            if reply in self._waiting:
+                self._waiting.remove(reply)
         for key in keys:
-            self._engine.cancel(key)
+            self._drop(key)
         self._admit()
 
     def _end_all(self, message: str, code: Code) -> None:

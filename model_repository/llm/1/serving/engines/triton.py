@@ -151,12 +151,13 @@ class Engine:
                 continue
             error = f"{self._model} has not answered for {SILENCE_S:g} s"
             self._mail.put(Step(run.job.key, error=error, code="UNAVAILABLE"))
-            self._stop(run)
             if self._end(run):
                 with self._lock:
                     if run.thread in self._threads:
                         self._threads.remove(run.thread)
                         self._start_thread()
+                # By a thread of its own: a model that says nothing may not answer this either.
+                threading.Thread(target=self._stop, args=(run,), name="last-stop", daemon=True).start()
 
     def _start_thread(self) -> None:
         thread = threading.Thread(target=self._work, name="bls", daemon=True)
@@ -168,6 +169,8 @@ class Engine:
         outputs = ["output_ids", "sequence_length", *(["output_log_probs"] if job.log_probs else [])]
         request = self._request(run.name, self._inputs(job), outputs)
         with self._entrance:
+            if not self._mail.is_open(job.key):
+                return  # cancelled while it waited
             run.sent = True
             responses = request.exec(decoupled=True)  # comes back with the first response
         # The loop goes on after an end: an iterator that is not used up waits for its last response anyway.

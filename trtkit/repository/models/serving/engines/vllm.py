@@ -127,7 +127,8 @@ def _params(job: Job) -> Any:
         "ignore_eos": True,  # the end ids are those of the job, and no others
         "detokenize": False,
         "output_kind": kinds.DELTA if job.streams else kinds.FINAL_ONLY,
-        "temperature": asked.temperature,
+        # Without any of the three vLLM would sample; here that is greedy, as with every other engine.
+        "temperature": 0.0 if asked.temperature is asked.top_k is asked.top_p is None else asked.temperature,
         "top_k": asked.top_k,
         "top_p": asked.top_p or None,  # 0 is out of range, and means no limit
         "repetition_penalty": asked.repetition_penalty,
