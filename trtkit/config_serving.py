@@ -58,7 +58,7 @@ class ServingConfig(Strict):
     coalesce: bool = True
     """Tokens that the engine has ready together go out in one response."""
     max_token_wait_ms: Annotated[float, Field(ge=0, le=1000)] | None = None
-    """How long a token may wait for company before it is sent. None is 0 for `llm`, and 0.5 for an ensemble, where tokens
+    """How long a token may wait for company before it is sent. None is 0 for `llm`, and 1 for an ensemble, where tokens
     of all streams share the calls of postprocessing."""
     ensemble_outputs: list[Literal["cum_log_probs", "output_log_probs", "batch_index", "sequence_index"]] = []
     """What an ensemble returns beside the text. Each takes about 20 us of CPU per token, asked for or not. Requests

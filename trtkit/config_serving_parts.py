@@ -95,7 +95,7 @@ class LoraConfig(Strict):
     prefetch_dir: str | None = None
     """Folder of adapters to load at the start, as the server sees it (tensorrtllm)."""
     adapters: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")], str] = {}
-    """Name -> folder as the server sees it (vllm, and llmapi in the fused topology). Else the request names the adapter."""
+    """Name -> folder as the server sees it (vllm, and llmapi in the fused topology). Else requests name the adapter."""
     max_loras: PositiveInt | None = None
     """Adapters in one batch (llmapi, vllm)."""
 

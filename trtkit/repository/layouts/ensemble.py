@@ -13,7 +13,7 @@ from trtkit.repository.layouts.job import TOKENIZER_FILES, Files, Job, flag, pad
 
 _INFLIGHT_SINCE = "25.11"  # core, branch r25.11: src/ensemble_scheduler reads ensemble_scheduling.max_inflight_requests
 
-TOKEN_WAIT_MS = 0.5
+TOKEN_WAIT_MS = 1.0
 """How long a token waits so that pieces of several streams share one call of postprocessing, unless the config says
 otherwise. It takes about 40 us of CPU off every token (benchmarks/serving_path.py)."""
 

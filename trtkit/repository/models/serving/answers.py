@@ -15,6 +15,9 @@ from .streams import TextStream
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
+Piece = tuple[Any, int]
+"""A response and its flags."""
+
 
 class Answer:
     """One sequence: tokens in, text out, with nothing of a stop word in it.
@@ -79,7 +82,7 @@ class Answer:
 class Reply:
     """The answers to one request, and the way back to its client.
 
-    Every method is called by one thread. Nothing is asked of the server after the final response: Triton 2.51 dies when
+    At any time one thread has it. Nothing is asked of the server after the final response: Triton 2.51 dies when
     a model asks whether a request that is over was cancelled.
 
     Attributes:
@@ -115,29 +118,35 @@ class Reply:
 
     def fail(self, message: str, code: Code) -> None:
         """Ends the request with an error; whatever was sent before stands."""
+        for response, flags in self.failure(message, code):
+            self.send(response, flags)
+
+    def failure(self, message: str, code: Code) -> list[Piece]:
+        """The error that ends the request; none if it is over."""
         if self.over:
-            return
+            return []
         self.over = True
         error = pb_utils.TritonError(message, getattr(pb_utils.TritonError, code))
-        self._sender.send(pb_utils.InferenceResponse(error=error), flags=FINAL)
+        return [(pb_utils.InferenceResponse(error=error), FINAL)]
+
+    def send(self, response: Any, flags: int) -> None:
+        """Sends one response. Any thread may, while no other does."""
+        self._sender.send(response, flags=flags)
 
     def done(self) -> bool:
         """Whether every sequence has its end."""
         return all(answer.finish for answer in self.answers)
 
-    def flush(self) -> None:
-        """Sends what can be sent: text that has come, or, when not streaming, the whole once it is complete."""
+    def pieces(self) -> list[Piece]:
+        """What can be sent: text that has come, or, when not streaming, the whole once it is complete."""
         self.held_since = None
         done = self.done()
         if not self.ask.streams:
-            if done:
-                self._send(self.answers, last=True)
-            return
+            return [self._piece(self.answers, last=True)] if done else []
         ready = [answer for answer in self.answers if answer.fresh or (answer.finish and not answer.ended)]
-        for place, answer in enumerate(ready, 1):
-            self._send([answer], last=done and place == len(ready))
+        return [self._piece([answer], last=done and place == len(ready)) for place, answer in enumerate(ready, 1)]
 
-    def _send(self, answers: Sequence[Answer], *, last: bool) -> None:
+    def _piece(self, answers: Sequence[Answer], *, last: bool) -> Piece:
         names, ask = self._names, self.ask
         tensors = []
         texts = np.empty((1, len(answers)), dtype=np.object_)
@@ -153,7 +162,7 @@ class Reply:
             tensors += self._end(answers)
         if last:
             self.over = True
-        self._sender.send(pb_utils.InferenceResponse(tensors), flags=FINAL if last else 0)
+        return pb_utils.InferenceResponse(tensors), FINAL if last else 0
 
     def _text(self, answer: Answer) -> str:
         """What goes out of an answer now."""

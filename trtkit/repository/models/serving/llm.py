@@ -22,6 +22,7 @@ from .answers import Answer, Reply
 from .chat import ChatError
 from .engine import Code, Engine, RequestError, Step
 from .metrics import Metrics
+from .outbox import Outbox
 from .reader import Reader
 from .settings import Settings
 
@@ -87,6 +88,7 @@ class ServingModel:
         self._polls: deque[tuple[float, Reply]] = deque()
         self._arrived: deque[Reply] = deque()
         self._held: dict[Reply, None] = {}
+        self._outbox = Outbox()
         self._queue_due = 0.0
         self._asked = 0
         self._closing = False
@@ -107,6 +109,7 @@ class ServingModel:
         if hasattr(self, "_thread"):  # not after a failed initialize
             self._engine.cancel(0)  # wakes a waiting step
             self._thread.join(30)
+            self._outbox.close()
             self._engine.close()
 
     # Triton's thread.
@@ -200,10 +203,12 @@ class ServingModel:
                     self._end(reply, f"internal error: {type(error).__name__}: {error}", "INTERNAL")
         if self._held:
             self._send_held(now)
+        self._deliver()
         if self._waiting and now >= self._queue_due:
             self._queue_due = now + QUEUE_LOOK_S
             self._look_after_queue(now)
         self._look_for_cancelled(now)
+        self._deliver()
         self._metrics.values[RUNNING], self._metrics.values[WAITING] = len(self._running), len(self._waiting)
         self._metrics.report(now)
 
@@ -267,10 +272,11 @@ class ServingModel:
         self._send(reply)
 
     def _send(self, reply: Reply) -> None:
-        try:
-            reply.flush()
-        except Exception as error:
-            pb_utils.Logger.log_error(f"a client was dropped: {error!r}")
+        self._outbox.add(reply, reply.pieces())
+
+    def _deliver(self) -> None:
+        """Sends what the round has made."""
+        for reply in self._outbox.deliver():
             reply.over = True
             self._cancel(reply)
 
@@ -347,8 +353,8 @@ class ServingModel:
             return True
 
     def _end(self, reply: Reply, message: str, code: Code) -> None:
-        """Ends a request with an error."""
-        self._fail(reply, message, code)
+        """Ends a request with an error, behind what it has been given so far."""
+        self._outbox.add(reply, reply.failure(message, code))
         self._cancel(reply)
 
     def _cancel(self, reply: Reply) -> None:
@@ -368,6 +374,7 @@ class ServingModel:
             self._waiting.clear()
         for reply in replies:
             self._end(reply, message, code)
+        self._outbox.deliver()
 
 
 def _find(answers: Sequence[Answer], key: int) -> Answer:
