@@ -14,11 +14,12 @@ concurrencies on it; figures are medians over the rounds, ratios are medians of 
     fused           trtkit's model `llm` with the stand-in in its process, one response per token
     fused 20 ms     the same, tokens may wait up to 20 ms for company
 
-Predicted: fused 15 to 50 us of CPU above direct, with tokens/s 0.9 of it; an ensemble with two outputs per step instead of
-six 85 us below one with all. Measured (2 quiet cores, one round of 3 s): fused 1 us above direct at 32 streams and 7 below
-at 64, tokens/s 1.09 and 1.34 of it, since two threads carry its responses (with one thread: 39 and 52 us above, 0.70 and
-0.60); ensemble 0.40 of the CPU that NVIDIA's adds. Missed: p99 of an ensemble's first token, 2.1 and 1.2 times NVIDIA's
-at 32 and 64 streams. Tokens wait in postprocessing's queue there (45 to 117 ms), because the stand-in outruns it.
+Predicted: fused 15 to 50 us of CPU above direct, with tokens/s 0.9 of it; an ensemble with two outputs per step
+instead of six 85 us below one with all. Measured (2 quiet cores, one round of 3 s): fused 1 us above direct at 32
+streams and 7 below at 64, tokens/s 1.09 and 1.34 of it, since two threads carry its responses (with one thread: 39 and
+52 us above, 0.70 and 0.60); ensemble 0.40 of the CPU that NVIDIA's adds. Missed: p99 of an ensemble's first token, 2.1
+and 1.2 times NVIDIA's at 32 and 64 streams. Tokens wait in postprocessing's queue there (45 to 117 ms), because the
+stand-in outruns it.
 
 CPU is that of the server and its python models, in microseconds per token (per request for single answers). It is the
 stable figure: tokens/s also depend on what else the cores do.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trtkit import serving_contract
 from trtkit.findings import Finding
 from trtkit.repository.lint.repository import Model
 from trtkit.repository.lint.rules import finding
@@ -117,7 +118,8 @@ def _chat(model: Model, folder: Path, place: str, found: Tokenizer) -> Iterator[
         cause = "the model takes `messages`, and the tokenizer has no chat template"
         yield finding("TK213", place.replace("tokenizer.json", "tokenizer_config.json"), cause, fix)
     adds = model.parameters.get("add_special_tokens", "").lower() in ("true", "1")
-    if template and adds and messages is None and _writes(template, folder, found.starts):
+    chats_elsewhere = (model.path.parent / serving_contract.MODEL / "config.pbtxt").is_file()  # which adds none
+    if template and adds and messages is None and not chats_elsewhere and _writes(template, folder, found.starts):
         cause = f"the chat template writes {found.starts[0]}, and add_special_tokens adds it once more"
         fix = "set add_special_tokens to false when prompts come from the chat template"
         yield finding("TK214", model.place("add_special_tokens"), cause, fix)
