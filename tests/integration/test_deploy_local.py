@@ -370,9 +370,8 @@ def test_down_kills_a_server_that_cannot_finish(tmp_path: Path, state_folder: Pa
         ("import no_such_module\n", CONFIG, "ModuleNotFoundError: No module named 'no_such_module'"),
         (DOUBLE, CONFIG + "nonsense: 3\n", '6:9: Message type "inference.ModelConfig" has no field named "nonsense"'),
         (DOUBLE, CONFIG.replace("{name}", "other"), "directory name must equal model name"),
-        (DOUBLE, CONFIG.replace("python", "tensorrtllm"), "unable to find backend library for backend 'tensorrtllm'"),
     ],
-    ids=["syntax", "exception", "import", "config", "name", "backend"],
+    ids=["syntax", "exception", "import", "config", "name"],
 )
 def test_a_model_that_does_not_load_is_explained_in_the_servers_words(
     tmp_path: Path, state_folder: Path, code: str, config: str, said: str
@@ -385,6 +384,14 @@ def test_a_model_that_does_not_load_is_explained_in_the_servers_words(
     assert str(state_folder / "deployments" / "broken" / "server.log") in failed.value.fix
     assert local.status("broken").phase == "failed"
     assert nothing_left(state_folder / "deployments" / "broken")
+
+
+def test_a_backend_that_the_server_lacks_is_refused_before_the_start(tmp_path: Path, state_folder: Path) -> None:
+    config = CONFIG.replace("python", "tensorrtllm")
+    models = repository(tmp_path / "models", DOUBLE, model="broken", config=config)
+    with pytest.raises(LacksError, match="model 'broken' needs the backend tensorrtllm, which is not on this machine"):
+        local.up(local.ServerSpec("broken", models))
+    assert not (state_folder / "deployments" / "broken").exists()
 
 
 def test_a_model_that_loads_for_ever_ends_at_the_deadline(tmp_path: Path, state_folder: Path) -> None:

@@ -40,6 +40,8 @@ def diff(first: Path, second: Path, as_json: bool) -> None:
     else:
         rows = [(one.kind, one.place, one.before, one.after, "yes" if one.clients_notice else "") for one in found]
         print_table(("change", "where", "before", "after", "clients notice"), rows)
-        click.echo(f"{len(found)} differences; clients {'notice' if notice else 'do not notice'}")
+        click.echo(
+            f"{len(found)} difference{'s' * (len(found) != 1)}; clients {'notice' if notice else 'do not notice'}"
+        )
     if found:
         raise click.exceptions.Exit(1)
