@@ -1,8 +1,9 @@
 """The model `llm`: text or chat messages in, text out, with an engine in this process.
 
 Two threads. Triton's thread reads requests, tokenises them together and hands them to the engine, or to a queue while
-every slot is taken. The other asks the engine for what is new, turns it into text and sends it, and looks for clients
-that have gone. So no token waits for a prompt to be read, and a stream's pieces cannot overtake each other.
+every slot is taken. The other asks the engine for what is new, turns it into text and sends it (with a helper, see
+outbox.py), and looks for clients that have gone. So no token waits for a prompt to be read, and a stream's pieces
+cannot overtake each other.
 """
 
 from __future__ import annotations

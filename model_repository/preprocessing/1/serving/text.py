@@ -63,7 +63,6 @@ class Tokenizer:
         self._library = library
         self._add_special_tokens = add_special_tokens
         self._words: dict[str, list[list[int]]] = {}
-        self._bos: str | None = None
         self._eager = not byte_run
         found = rules(json.loads(library.to_str()).get("decoder"))
         self._vocabulary = Vocabulary(library, skip_special_tokens=skip_special_tokens)
@@ -75,21 +74,6 @@ class Tokenizer:
     def exact(self) -> bool:
         """Whether every token has a text of its own. If not, text is decoded again as it grows, slower and late."""
         return self._tables is not None
-
-    @property
-    def vocab_size(self) -> int:
-        """Tokens with added ones; not all of a model's ids, whose table is often padded."""
-        size: int = self._library.get_vocab_size(with_added_tokens=True)
-        return size
-
-    def token(self, number: int) -> str | None:
-        """The token of an id as the vocabulary spells it; None for an id outside of it."""
-        return self._vocabulary.token(number)
-
-    def number(self, token: str) -> int | None:
-        """The id of a token, None for one that the vocabulary does not hold."""
-        number: int | None = self._library.token_to_id(token)
-        return number
 
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool | None = None) -> list[list[int]]:
         """Token ids of each text. One call for many texts lets the library use every core."""
@@ -116,14 +100,6 @@ class Tokenizer:
                 self._words.clear()
             self._words[text] = found
         return found
-
-    def starts_with_bos(self, text: str) -> bool:
-        """Whether a text already begins with the token that the tokenizer would put in front of it a second time."""
-        if self._bos is None:
-            (alone,), (with_special,) = (self.encode([_ANCHOR], add_special_tokens=flag) for flag in (False, True))
-            put_in_front = with_special[1 : 1 + len(alone)] == alone
-            self._bos = (self.token(with_special[0]) if put_in_front else None) or ""
-        return bool(self._bos) and text.startswith(self._bos)
 
     def stream(self, prompt: Sequence[int] = (), *, continues: bool = False) -> TextStream:
         """A stream for one answer.

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer as Library
 from trtkit.repository.models.serving.decoding import alphabet_bytes, byte_alphabet
 from trtkit.repository.models.serving.keyed import KeyedStreams
 from trtkit.repository.models.serving.streams import RedecodedStream
+from trtkit.repository.models.serving.tables import Vocabulary
 from trtkit.repository.models.serving.text import BYTE_RUN, TextStream, Tokenizer, is_exact
 
 BYTE_LEVEL = [
@@ -320,8 +321,6 @@ def test_prompts_are_encoded_together_without_padding_or_truncation() -> None:
     assert reader.encode(texts) == [[bos, *ids] for ids in plain]
     assert reader.encode(texts, add_special_tokens=False) == plain
     assert Tokenizer(library, add_special_tokens=False).encode(texts) == plain
-    assert [reader.starts_with_bos(text) for text in ("<s>a", "a<s>", "")] == [True, False, False]
-    assert not READERS["gemma", True].starts_with_bos("<s>a")  # this one adds nothing
 
 
 def test_words_as_they_start_a_text_and_inside_of_one() -> None:
@@ -333,15 +332,6 @@ def test_words_as_they_start_a_text_and_inside_of_one() -> None:
         TRAINED["byte level"].encode("dog", add_special_tokens=False).ids
     ]
     assert reader.word("") == []
-
-
-def test_the_vocabulary_can_be_asked() -> None:
-    library, reader = LIBRARIES["gemma"], READERS["gemma", True]
-    assert reader.vocab_size == library.get_vocab_size()
-    assert reader.number("</s>") == library.token_to_id("</s>")
-    assert reader.token(library.token_to_id("</s>")) == "</s>"
-    assert [reader.token(number) for number in (-1, 10_000, 1 << 40)] == [None, None, None]
-    assert reader.number("no such token") is None
 
 
 @pytest.mark.parametrize("family", LIBRARIES)
@@ -458,3 +448,10 @@ def test_what_is_remembered_of_clients_words_is_bounded() -> None:
     for number in range(5000):
         reader.word(f"w{number}")
     assert len(reader._words) <= 4096
+
+
+def test_the_vocabulary_can_be_asked() -> None:
+    library = LIBRARIES["gemma"]
+    vocabulary = Vocabulary(library, skip_special_tokens=True)
+    assert vocabulary.token(library.token_to_id("</s>")) == "</s>"
+    assert [vocabulary.token(number) for number in (-1, 10_000, 1 << 40)] == [None, None, None]

@@ -82,10 +82,9 @@ class StopStrings:
 
     Attributes:
         matched: the stop string that has ended the answer, None before.
-        dropped: characters behind the match, in the piece that completed it.
     """
 
-    __slots__ = ("_held", "_include", "_machine", "_state", "dropped", "matched")
+    __slots__ = ("_held", "_include", "_machine", "_state", "matched")
 
     def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         wanted = tuple(stop for stop in stops if stop)
@@ -94,7 +93,6 @@ class StopStrings:
         self._state = 0
         self._held = ""
         self.matched: str | None = None
-        self.dropped = 0
 
     def push(self, text: str) -> str:
         """What can be sent after `text` has come: nothing of a stop string, nor of what may become one."""
@@ -123,7 +121,6 @@ class StopStrings:
     def _end(self, text: str, end: int, state: int) -> str:
         assert self._machine is not None  # noqa: S101 - only called with one
         self.matched = stop = self._machine.match[state] or ""
-        self.dropped = len(text) - end
         if self._include:
             return text[:end]
         whole = self._held + text[:end]
