@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol
 
@@ -48,6 +48,20 @@ class Sampling:
     def reseeded(self, number: int) -> Sampling:
         """The settings of the request's further sequences: another seed, if one was given."""
         return self if self.seed is None else replace(self, seed=(self.seed + number) % 2**64)
+
+    def check_guide(self, kinds: Collection[str], *, enabled: bool = True) -> None:
+        """Raises RequestError for a guide of another kind than these, without its text, or where there are none."""
+        if self.guide_type is not None and self.guide_type not in kinds:
+            raise RequestError(f"guided_decoding_guide_type: '{self.guide_type}' is none of {', '.join(kinds)}")
+        if (self.guide is None) != (self.guide_type in (None, "json")):
+            raise RequestError("guided_decoding_guide: send it with a guided_decoding_guide_type that needs it")
+        if self.guide_type is not None and not enabled:
+            raise RequestError("the engine runs without guided_decoding_backend", "UNSUPPORTED")
+
+    def check_adapter(self, count: int) -> None:
+        """Raises RequestError for an adapter beyond those that the engine was started with, counted from 1."""
+        if self.lora_task_id is not None and not 1 <= self.lora_task_id <= count:
+            raise RequestError(f"lora_task_id: {self.lora_task_id}; there are {count} adapters, from 1")
 
 
 @dataclass(frozen=True)

@@ -63,12 +63,7 @@ class Engine:
 
     def check(self, job: Job) -> None:
         asked = job.sampling
-        if asked.guide_type is not None and asked.guide_type not in _GUIDES:
-            raise RequestError(f"guided_decoding_guide_type: '{asked.guide_type}' is none of {', '.join(_GUIDES)}")
-        if (asked.guide is None) != (asked.guide_type in (None, "json")):
-            raise RequestError("guided_decoding_guide: send it with a guided_decoding_guide_type that needs it")
-        if asked.guide_type is not None and not self._guides:
-            raise RequestError("the engine runs without guided_decoding_backend", "UNSUPPORTED")
+        asked.check_guide(_GUIDES, enabled=self._guides)
         if asked.lora_task_id is not None and not self._lora:
             raise RequestError("the engine was built without LoRA", "UNSUPPORTED")
 

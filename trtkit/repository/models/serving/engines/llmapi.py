@@ -56,14 +56,8 @@ class Engine:
         asked = job.sampling
         if any(len(word) > 1 for word in job.bad_words):
             raise RequestError("bad_words: the LLM API forbids words of one token only", "UNSUPPORTED")
-        if asked.guide_type is not None and asked.guide_type not in _GUIDES:
-            raise RequestError(f"guided_decoding_guide_type: '{asked.guide_type}' is none of {', '.join(_GUIDES)}")
-        if (asked.guide is None) != (asked.guide_type in (None, "json")):
-            raise RequestError("guided_decoding_guide: send it with a guided_decoding_guide_type that needs it")
-        if asked.guide_type is not None and not self._guides:
-            raise RequestError("the engine runs without guided_decoding_backend", "UNSUPPORTED")
-        if asked.lora_task_id is not None and not 1 <= asked.lora_task_id <= len(self._adapters):
-            raise RequestError(f"lora_task_id: {asked.lora_task_id}; there are {len(self._adapters)} adapters, from 1")
+        asked.check_guide(_GUIDES, enabled=self._guides)
+        asked.check_adapter(len(self._adapters))
 
     def submit(self, job: Job) -> None:
         self._tasks.start(job)

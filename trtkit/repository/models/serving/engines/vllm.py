@@ -54,12 +54,8 @@ class Engine:
 
     def check(self, job: Job) -> None:
         asked = job.sampling
-        if asked.guide_type is not None and asked.guide_type not in _GUIDES:
-            raise RequestError(f"guided_decoding_guide_type: '{asked.guide_type}' is none of {', '.join(_GUIDES)}")
-        if (asked.guide is None) != (asked.guide_type in (None, "json")):
-            raise RequestError("guided_decoding_guide: send it with a guided_decoding_guide_type that needs it")
-        if asked.lora_task_id is not None and not 1 <= asked.lora_task_id <= len(self._adapters):
-            raise RequestError(f"lora_task_id: {asked.lora_task_id}; there are {len(self._adapters)} adapters, from 1")
+        asked.check_guide(_GUIDES)
+        asked.check_adapter(len(self._adapters))
         try:
             _params(job)
         except ValueError as error:  # vLLM has ranges of its own
