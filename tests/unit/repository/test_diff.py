@@ -278,7 +278,7 @@ def test_the_command(pair: tuple[Path, Path], tmp_path: Path) -> None:
     file.write_text(CONFIG.replace("max_batch_size: 8", "max_batch_size: 4"))
     done = run(command, ["diff", first, second])
     assert done.exit_code == 1
-    assert "llm/config.pbtxt: max_batch_size" in done.output and "1 differences; clients notice" in done.output
+    assert "llm/config.pbtxt: max_batch_size" in done.output and "1 difference; clients notice" in done.output
     done = run(command, ["diff", first, second, "--json"])
     answer = json.loads(done.output)
     assert (done.exit_code, answer["equal"], answer["clients_notice"]) == (1, False, True)
