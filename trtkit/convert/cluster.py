@@ -26,8 +26,9 @@ from typing import Any
 
 from trtkit import __version__
 from trtkit.checkpoint import rank_file
-from trtkit.convert.conversion import Options, Progress, WriteRanks
+from trtkit.convert.conversion import Options, WriteRanks
 from trtkit.convert.plan import Plan, plan_checkpoint
+from trtkit.convert.progress import Progress
 from trtkit.convert.source import source_tensors
 from trtkit.convert.stream import Written, write_ranks
 from trtkit.errors import InputError, LacksError, TrtkitError, missing_extra

@@ -8,8 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trtkit.convert.conversion import ACCURACY, WORK, Options, Progress, WriteRanks, write_here
+from trtkit.convert.conversion import ACCURACY, WORK, Options, WriteRanks, write_here
 from trtkit.convert.plan import Plan
+from trtkit.convert.progress import Progress
 from trtkit.hf import Source
 from trtkit.quantize.calibration import Calibration
 from trtkit.quantize.fit import Effort

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from trtkit import architectures
-from trtkit.convert.conversion import WORK, Options, Progress, WriteRanks, write_here
+from trtkit.convert.conversion import WORK, Options, WriteRanks, write_here
 from trtkit.convert.linears import layer_tensors
 from trtkit.convert.plan import CHECKPOINT_DTYPES, Plan
+from trtkit.convert.progress import Progress
 from trtkit.convert.quantization import Quantization
 from trtkit.convert.ranks import SM, weights_by_rank
 from trtkit.convert.source import (

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from trtkit.convert.cast import Array
-from trtkit.convert.conversion import boot_id
 from trtkit.convert.dequantize import dequantize, input_rounding
 from trtkit.convert.hidden import HiddenStates
 from trtkit.convert.layerwise import LayerwiseModel, batches
 from trtkit.convert.linears import SCALED_NORMS, Linear, linears
 from trtkit.convert.plan import CHECKPOINT_DTYPES, PlannedTensor, checkpoint_quantization
+from trtkit.convert.progress import boot_id
 from trtkit.convert.quantization import Format, Quantization
 from trtkit.convert.readback import round_linears
 from trtkit.convert.simulate import CacheStatistics

@@ -20,9 +20,10 @@ import torch
 
 from trtkit import hf
 from trtkit.checkpoint import open_checkpoint
-from trtkit.convert import conversion, follow
-from trtkit.convert.conversion import Options, Progress, convert, write_checkpoint
+from trtkit.convert import conversion, follow, progress
+from trtkit.convert.conversion import Options, convert, write_checkpoint
 from trtkit.convert.plan import Plan
+from trtkit.convert.progress import Progress
 from trtkit.convert.source import Layout, plan_conversion, source_tensors
 from trtkit.convert.stream import write_ranks
 from trtkit.convert.verify import check_files
@@ -156,7 +157,7 @@ def test_after_a_restart_of_the_machine_an_unfinished_stage_begins_anew(
     for rank in ("rank0.safetensors", "rank1.safetensors"):
         with (partial / rank).open("r+b") as file:
             file.truncate(1000)
-    monkeypatch.setattr(conversion, "boot_id", lambda: "another boot")
+    monkeypatch.setattr(progress, "boot_id", lambda: "another boot")
     convert(plan, opened, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
