@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import queue
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,33 @@ def test_streams_at_the_same_time_do_not_mix(server: Server) -> None:
     assert errors == []
     for name, found in pieces.items():
         assert "".join(piece for piece, _ in found) == TEXTS[int(name.split("-")[0])]
+
+
+def test_tensors_that_are_sent_again_stay_good_when_the_shared_memory_grows(tmp_path: Path) -> None:
+    """The models keep small tensors in shared memory, where the server reads them each time."""
+    source = write_tokenizer(tmp_path / "source")
+    ids = Tokenizer.from_file(str(source / "tokenizer.json")).encode("fox ", add_special_tokens=False).ids
+    many = np.array([[ids * 400_000]], np.int32)  # far beyond the megabyte that a model begins with
+    tokens = grpc.InferInput("TOKENS_BATCH", list(many.shape), "INT32")
+    tokens.set_data_from_numpy(many)
+    length = grpc.InferInput("SEQUENCE_LENGTH", [1, 1], "INT32")
+    length.set_data_from_numpy(np.array([[many.size]], np.int32))
+    requests = {f"{number}": inputs([text], **STREAM) for number, text in enumerate(TEXTS)}
+    write_repository(generated(source), tmp_path / "repository")
+    with serve(tmp_path / "repository", tmp_path) as running:
+        client = grpc.InferenceServerClient(f"127.0.0.1:{running.grpc_port}")
+        for _ in range(3):
+            pieces, errors = ask(running, requests)
+            assert errors == []
+            assert {name: "".join(text for text, _ in found) for name, found in pieces.items()} == {
+                str(number): text for number, text in enumerate(TEXTS)
+            }
+            answer = client.infer("postprocessing", [tokens, length]).as_numpy("OUTPUT")
+            assert answer.reshape(-1)[0].decode() == "fox " * 400_000
+        client.close()
+    log = running.log.read_text()
+    assert running.process.returncode == 0 and "Non-graceful" not in log, log[-3000:]
+    assert re.findall(r"Signal \((\d+)\)", log) == ["15"], "a model ended otherwise than by the server's word"
 
 
 def test_without_batch_index_a_request_has_one_prompt(tmp_path: Path) -> None:

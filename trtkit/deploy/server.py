@@ -130,7 +130,7 @@ def environment(server: Server, extra: Mapping[str, str], pass_names: Sequence[s
     if libraries:
         chosen["LD_LIBRARY_PATH"] = os.pathsep.join(dict.fromkeys(libraries))
     # Serving reads what is on disk: a tokenizer that is missing shall fail at once and not be fetched.
-    chosen |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    chosen |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     chosen |= {name: os.environ[name] for name in pass_names if name in os.environ}
     return chosen | dict(extra)
 

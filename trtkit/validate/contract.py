@@ -111,6 +111,12 @@ async def chat_model(subject: Subject, client: LLMClient) -> str | None:
     return LLM_MODEL if LLM_MODEL in states else None
 
 
+async def text_models(subject: Subject, client: LLMClient) -> list[str]:
+    """The models that take text: the one that is checked, and the model like `llm` beside it."""
+    chat = await chat_model(subject, client)
+    return [subject.model] if chat in (None, subject.model) else [subject.model, chat]
+
+
 def _contract_of(config: dict[str, Any], subject: Subject) -> _Contract | None:
     if takes_messages(config):
         return LLM

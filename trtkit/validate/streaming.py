@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import aclosing
 from typing import NamedTuple
 
 from trtkit.client.api import Ending, LLMClient
 from trtkit.findings import Finding
+from trtkit.validate.contract import text_models
 from trtkit.validate.results import CheckResult, Subject, plural, result, short, skipped
 
 NAME = "streaming"
@@ -20,6 +22,7 @@ REPLACEMENT = "\ufffd"
 
 class _Answer(NamedTuple):
     protocol: str
+    model: str
     prompt: str
     whole: str
     pieces: list[str]
@@ -28,28 +31,33 @@ class _Answer(NamedTuple):
     endings: list[Ending | None]
     """What the pieces said of it."""
 
+    @property
+    def place(self) -> str:
+        return f"{self.protocol} {self.model}"
+
 
 async def check(subject: Subject, clients: Sequence[LLMClient]) -> CheckResult:
-    """Sends every prompt greedily with and without streaming, over every client, and compares the texts."""
+    """Asks every model that takes text, greedily, with and without streaming, and compares the texts."""
     if subject.streaming is False or not await is_decoupled(subject, clients[0], subject.model):
         return skipped(NAME, f"model '{subject.model}' does not stream (it is not decoupled)")
     answers = []
+    models = await text_models(subject, clients[0])
     for prompt in dict.fromkeys([*subject.prompts, *MULTI_BYTE_PROMPTS]):
-        for client in clients:
-            whole = await client.generate(subject.request(prompt), timeout_s=subject.timeout_s)
-            stream = client.stream(subject.request(prompt), timeout_s=subject.timeout_s)
+        for model, client in itertools.product(models, clients):
+            whole = await client.generate(subject.request(prompt), model=model, timeout_s=subject.timeout_s)
+            stream = client.stream(subject.request(prompt), model=model, timeout_s=subject.timeout_s)
             async with aclosing(stream) as chunks:
                 pieces = [chunk async for chunk in chunks]
             told = Ending(whole.finish_reason, whole.prompt_tokens, whole.completion_tokens)
             texts, endings = [chunk.text for chunk in pieces], [chunk.ending for chunk in pieces]
-            answers.append(_Answer(client.protocol, prompt, whole.text, texts, told, endings))
+            answers.append(_Answer(client.protocol, model, prompt, whole.text, texts, told, endings))
     findings = [finding for answer in answers for finding in _judge(answer)] + list(_across(answers))
     prompts, counts = len({answer.prompt for answer in answers}), [len(answer.pieces) for answer in answers]
-    protocols = " and ".join(client.protocol for client in clients)
+    ways = f"{' and '.join(models)}, {' and '.join(client.protocol for client in clients)}"
     equal = sum("".join(answer.pieces) == answer.whole for answer in answers)
     detail = (
         f"{equal} of {plural(len(answers), 'stream')} equal the whole answer "
-        f"({plural(prompts, 'prompt')}, {protocols}, {min(counts)} to {max(counts)} pieces each)"
+        f"({plural(prompts, 'prompt')}, {ways}, {min(counts)} to {max(counts)} pieces each)"
     )
     return result(NAME, detail, findings, streams=len(answers), equal=equal, pieces=counts)
 
@@ -60,7 +68,7 @@ async def is_decoupled(subject: Subject, client: LLMClient, model: str) -> bool:
 
 
 def _judge(answer: _Answer) -> Iterator[Finding]:
-    place = f"{answer.protocol} {short(answer.prompt)}"
+    place = f"{answer.place} {short(answer.prompt)}"
     streamed = "".join(answer.pieces)
     if streamed != answer.whole:
         at = next((i for i, (a, b) in enumerate(zip(streamed, answer.whole, strict=False)) if a != b), None)
@@ -98,13 +106,13 @@ def _why(answer: _Answer, streamed: str) -> str:
 
 def _across(answers: list[_Answer]) -> Iterator[Finding]:
     """Differences between the protocols' whole answers."""
-    first: dict[str, _Answer] = {}
+    first: dict[tuple[str, str], _Answer] = {}
     for answer in answers:
-        known = first.setdefault(answer.prompt, answer)
+        known = first.setdefault((answer.model, answer.prompt), answer)
         if known.whole != answer.whole:
             cause = (
                 f"{answer.protocol} answers {short(answer.whole)}, {known.protocol} answers {short(known.whole)}, "
                 "to the same greedy request"
             )
             fix = "batch-dependent kernels can do this to near ties; otherwise compare what both send"
-            yield Finding("TK723", "error", short(answer.prompt), cause, fix)
+            yield Finding("TK723", "error", f"{answer.model} {short(answer.prompt)}", cause, fix)

@@ -8,11 +8,13 @@ another token that was almost as likely. Behind that nothing more is compared.
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from trtkit.client.api import Completion, LLMClient
 from trtkit.findings import Finding
+from trtkit.validate.contract import text_models
 from trtkit.validate.parity import open_source, served_tokens, tolerance
 from trtkit.validate.results import CheckResult, Subject, plural, result, short, skipped
 from trtkit.validate.source import GreedyAnswer, Source
@@ -35,27 +37,29 @@ class _Expected(NamedTuple):
 
 
 async def check(subject: Subject, clients: Sequence[LLMClient]) -> CheckResult:
-    """Compares the text model's answers with the source tokenizer's decoding of tokens."""
+    """Compares the answers of every model that takes text with the source tokenizer's decoding of tokens."""
     if subject.source is None:
         return skipped(NAME, "no source to take a tokenizer from: give --source DIR")
     source = await asyncio.to_thread(open_source, subject.source, subject)
     findings: list[Finding] = []
     equal = ties = 0
+    models = await text_models(subject, clients[0])
     for prompt in subject.prompts:
         expected = await _expected(subject, clients[0], source, prompt)
         wanted = source.continuation(expected.ids, expected.tokens)
-        for client in clients:
-            done = await client.generate(subject.request(prompt), timeout_s=subject.timeout_s)
+        for model, client in itertools.product(models, clients):
+            place = f"{client.protocol} {model} {short(prompt)}"
+            done = await client.generate(subject.request(prompt), model=model, timeout_s=subject.timeout_s)
             # An answer may end inside a character; what to make of its first bytes is a matter of taste.
             if done.text.rstrip("\ufffd") == wanted.rstrip("\ufffd"):
-                found = _miscounted(client, prompt, done, expected)
+                found = _miscounted(place, done, expected)
                 equal += not found
             elif expected.answer is not None and near_tie(source, expected.answer, done.text, subject.dtype):
-                found, ties = [_tie(client, prompt, done.text, wanted)], ties + 1
+                found, ties = [_tie(place, done.text, wanted)], ties + 1
             else:
-                found = [_different(client, prompt, done.text, wanted)]
+                found = [_different(place, prompt, done.text, wanted)]
             findings += found
-    count, whose = len(subject.prompts) * len(clients), "source" if subject.engine is None else "engine"
+    count, whose = len(subject.prompts) * len(models) * len(clients), "source" if subject.engine is None else "engine"
     detail = f"{equal} of {plural(count, 'answer')} equal the decoding of the {whose}'s tokens"
     if ties:
         detail += f", {plural(ties, 'near tie')}"
@@ -97,12 +101,12 @@ def near_tie(source: Source, answer: GreedyAnswer, served: str, dtype: str | Non
     return False
 
 
-def _tie(client: LLMClient, prompt: str, text: str, wanted: str) -> Finding:
-    place, cause = f"{client.protocol} {short(prompt)}", f"near tie: {short(text, 60)} instead of {short(wanted, 60)}"
+def _tie(place: str, text: str, wanted: str) -> Finding:
+    cause = f"near tie: {short(text, 60)} instead of {short(wanted, 60)}"
     return Finding("TK711", "info", place, cause, "nothing: rounding decides here")
 
 
-def _miscounted(client: LLMClient, prompt: str, done: Completion, expected: _Expected) -> list[Finding]:
+def _miscounted(place: str, done: Completion, expected: _Expected) -> list[Finding]:
     """Findings about the counts of tokens, where the server tells them."""
     findings = []
     for name, told, right in (
@@ -110,12 +114,12 @@ def _miscounted(client: LLMClient, prompt: str, done: Completion, expected: _Exp
         ("completion_tokens", done.completion_tokens, len(expected.tokens)),
     ):
         if told is not None and told != right:
-            place, fix = f"{client.protocol} {short(prompt)}", "serve with the tokenizer and the end ids of the source"
+            fix = "serve with the tokenizer and the end ids of the source"
             findings.append(Finding("TK716", "error", place, f"{name} is {told}, by the source it is {right}", fix))
     return findings
 
 
-def _different(client: LLMClient, prompt: str, text: str, wanted: str) -> Finding:
+def _different(place: str, prompt: str, text: str, wanted: str) -> Finding:
     if text.endswith(wanted) and text.removesuffix(wanted).strip() == prompt.strip():
         why, fix = "the answer repeats the prompt", "let the engine model honour exclude_input_in_output"
     elif text.strip() == wanted.strip():
@@ -124,5 +128,4 @@ def _different(client: LLMClient, prompt: str, text: str, wanted: str) -> Findin
         why, fix = "the answer runs on past its end", "stop at every id of generation_config's eos_token_id"
     else:
         why, fix = "the texts differ", "serve with the tokenizer and the add_special_tokens of the source"
-    place = f"{client.protocol} {short(prompt)}"
     return Finding("TK715", "error", place, f"{why}: {short(text, 60)} instead of {short(wanted, 60)}", fix)

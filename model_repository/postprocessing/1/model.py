@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import triton_python_backend_utils as pb_utils
-from serving.keyed import KeyedStreams  # type: ignore[import-not-found]  # beside this file in the repository
+from serving.kept import KeptTensors  # type: ignore[import-not-found]  # beside this file in the repository
+from serving.keyed import KeyedStreams  # type: ignore[import-not-found]
 from serving.metrics import Metrics  # type: ignore[import-not-found]
 from serving.text import Tokenizer  # type: ignore[import-not-found]
 
@@ -41,7 +41,7 @@ class TritonPythonModel:
                 f"{folder}: this decoder looks at neighbouring tokens; streamed pieces of requests without an id of "
                 "their own may lose spaces between them"
             )
-        self.streams = KeyedStreams(tokenizer)
+        self.streams, self.kept = KeyedStreams(tokenizer), KeptTensors()
         labels = {"model": args["model_name"], "version": args["model_version"]}
         self.metrics = Metrics(
             labels,
@@ -56,24 +56,17 @@ class TritonPythonModel:
         return responses
 
     def _respond(self, request: Any) -> Any:
-        tokens = pb_utils.get_input_tensor_by_name(request, "TOKENS_BATCH").as_numpy()
-        lengths = pb_utils.get_input_tensor_by_name(request, "SEQUENCE_LENGTH").as_numpy()
+        given = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+        tokens, lengths = given["TOKENS_BATCH"], given["SEQUENCE_LENGTH"]
         if tokens.ndim != 3 or lengths.shape != tokens.shape[:2]:
             problem = f"SEQUENCE_LENGTH {list(lengths.shape)} does not fit TOKENS_BATCH {list(tokens.shape)}"
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(problem, pb_utils.TritonError.INVALID_ARG))
         name = request.request_id()
-        part = tuple(_first(request, index) for index in ("BATCH_INDEX", "SEQUENCE_INDEX")) if name else ()
-        texts = np.empty(lengths.shape, dtype=object)
-        counts = lengths.tolist()
-        for row, beams in enumerate(tokens.tolist()):
-            for beam, ids in enumerate(beams):
-                count = max(counts[row][beam], 0)
+        part = tuple(int(given[index].flat[0]) for index in ("BATCH_INDEX", "SEQUENCE_INDEX") if index in given)
+        texts = []
+        for row, (beams, counts) in enumerate(zip(tokens.tolist(), lengths.tolist(), strict=True)):
+            for beam, (ids, count) in enumerate(zip(beams, counts, strict=True)):
                 key = (name, part, row, beam) if name else None
-                texts[row, beam] = self.streams.text(key, ids[:count]).encode()
-                self.metrics.values[TOKENS] += count
-        return pb_utils.InferenceResponse([pb_utils.Tensor("OUTPUT", texts)])
-
-
-def _first(request: Any, name: str) -> int:
-    tensor = pb_utils.get_input_tensor_by_name(request, name)
-    return 0 if tensor is None else int(tensor.as_numpy().reshape(-1)[0])
+                texts.append(self.streams.text(key, ids[: max(count, 0)]))
+                self.metrics.values[TOKENS] += max(count, 0)
+        return pb_utils.InferenceResponse([self.kept.texts("OUTPUT", texts, lengths.shape)])

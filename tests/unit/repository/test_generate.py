@@ -60,19 +60,25 @@ def test_the_files(source: Path) -> None:
         *(f"llm/1/serving/{name}.py" for name in ("__init__", "answers", "asks", "chat", "decoding", "engine")),
         "llm/1/serving/engines/__init__.py",
         "llm/1/serving/engines/triton.py",
-        *(f"llm/1/serving/{name}.py" for name in ("llm", "mailbox", "metrics", "outbox", "reader", "settings")),
-        *(f"llm/1/serving/{name}.py" for name in ("stops", "streams", "tables", "templates", "text")),
+        *(f"llm/1/serving/{name}.py" for name in ("kept", "llm", "mailbox", "metrics", "outbox")),
+        *(
+            f"llm/1/serving/{name}.py"
+            for name in ("reader", "settings", "stops", "streams", "tables", "templates", "text")
+        ),
         "llm/1/tokenizer/generation_config.json",
         "llm/1/tokenizer/tokenizer.json",
         "llm/1/tokenizer/tokenizer_config.json",
         "llm/config.pbtxt",
         "postprocessing/1/model.py",
         "postprocessing/1/serving/__init__.py",
-        *(f"postprocessing/1/serving/{name}.py" for name in ("decoding", "keyed", *COMMON)),
+        *(f"postprocessing/1/serving/{name}.py" for name in ("decoding", "kept", "keyed", *COMMON)),
         "postprocessing/1/tokenizer/tokenizer.json",
         "postprocessing/config.pbtxt",
         "preprocessing/1/model.py",
-        *(f"preprocessing/1/serving/{name}.py" for name in ("__init__", "decoding", *COMMON[:3], "tensors", COMMON[3])),
+        *(
+            f"preprocessing/1/serving/{name}.py"
+            for name in ("__init__", "decoding", "kept", *COMMON[:3], "tensors", COMMON[3])
+        ),
         "preprocessing/1/tokenizer/generation_config.json",
         "preprocessing/1/tokenizer/tokenizer.json",
         "preprocessing/1/tokenizer/tokenizer_config.json",

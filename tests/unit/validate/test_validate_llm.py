@@ -76,6 +76,19 @@ async def test_the_last_piece_must_tell_what_the_whole_answer_tells(fused: Stand
     assert {finding.id for finding in found.findings} == {"TK724"}
 
 
+async def test_the_model_beside_an_ensemble_must_stream_as_well(both: StandInClient) -> None:
+    assert (await streaming.check(SUBJECT, [both])).figures["streams"] == 2 + len(streaming.MULTI_BYTE_PROMPTS)
+    found = await streaming.check(replace(SUBJECT, model="ensemble"), [both])
+    assert found.passed and found.figures["streams"] == 2 * (2 + len(streaming.MULTI_BYTE_PROMPTS))
+    assert "ensemble and llm" in found.detail
+    told = iter(range(1000))  # only `llm` tells of an ending
+    right = both.ending
+    both.ending = lambda request, text, model: right(request, text, model) and Ending("stop", 1, next(told))  # type: ignore[method-assign]
+    found = await streaming.check(replace(SUBJECT, model="ensemble"), [both])
+    assert {finding.id for finding in found.findings} == {"TK724"}
+    assert all(finding.place.startswith("grpc llm '") for finding in found.findings)
+
+
 async def test_bad_requests(fused: StandInClient) -> None:
     found = await bad_requests.check(SUBJECT, [fused])
     assert found.outcome == "passed" and found.figures["refused"] == 17, found

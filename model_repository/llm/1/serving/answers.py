@@ -10,6 +10,7 @@ import triton_python_backend_utils as pb_utils
 
 from .asks import Ask
 from .engine import Code, Step
+from .kept import KeptTensors
 from .stops import StopStrings
 from .streams import TextStream
 
@@ -94,11 +95,12 @@ class Reply:
     """
 
     __slots__ = (
-        "_names", "_sender", "answers", "arrived", "ask", "deadline", "held_since", "jobs", "over", "prompt_tokens",
-        "started", "text_in_front",
+        "_kept", "_names", "_sender", "answers", "arrived", "ask", "deadline", "held_since", "jobs", "over",
+        "prompt_tokens", "started", "text_in_front",
     )  # fmt: skip
 
-    def __init__(self, request: Any, arrived: float) -> None:
+    def __init__(self, request: Any, arrived: float, kept: KeptTensors) -> None:
+        self._kept = kept
         self._sender = request.get_response_sender()
         self._names = frozenset(request.requested_output_names())
         self.ask = Ask(None)
@@ -149,11 +151,9 @@ class Reply:
     def _piece(self, answers: Sequence[Answer], *, last: bool) -> Piece:
         names, ask = self._names, self.ask
         tensors = []
-        texts = np.empty((1, len(answers)), dtype=np.object_)
-        for place, answer in enumerate(answers):
-            texts[0, place] = self._text(answer).encode()
+        texts = [self._text(answer) for answer in answers]
         if "text_output" in names:
-            tensors.append(pb_utils.Tensor("text_output", texts))
+            tensors.append(self._kept.texts("text_output", texts, (1, len(texts))))
         if ask.log_probs:
             tensors += self._log_probs(answers)
         if ask.sequences > 1 and "sequence_index" in names and ask.streams:
@@ -193,8 +193,7 @@ class Reply:
     def _end(self, answers: Sequence[Answer]) -> list[Any]:
         tensors = []
         if "finish_reason" in self._names:
-            reasons = np.array([[answer.finish.encode() for answer in answers]], dtype=np.object_)
-            tensors.append(pb_utils.Tensor("finish_reason", reasons))
+            tensors.append(self._kept.texts("finish_reason", [answer.finish for answer in answers], (1, len(answers))))
         if "prompt_tokens" in self._names:
             tensors.append(_numbers("prompt_tokens", [self.prompt_tokens]))
         if "completion_tokens" in self._names:

@@ -17,7 +17,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 PACKAGE = "trtkit.repository.models.serving"
-TRITON_SIDE = ("answers", "metrics", "outbox", "reader", "llm")
+TRITON_SIDE = ("answers", "kept", "metrics", "outbox", "reader", "llm")
 TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
 

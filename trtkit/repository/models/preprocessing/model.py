@@ -19,12 +19,15 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from serving.metrics import Metrics  # type: ignore[import-not-found]  # beside this file in the repository
+from serving.kept import KeptTensors  # type: ignore[import-not-found]  # beside this file in the repository
+from serving.metrics import Metrics  # type: ignore[import-not-found]
 from serving.tensors import pad, word_lists  # type: ignore[import-not-found]
 from serving.text import Tokenizer  # type: ignore[import-not-found]
 
 PROMPT_TOKENS = "trtkit_preprocessing_prompt_tokens_total"
 REFUSED = "trtkit_preprocessing_refused_requests_total"
+Inputs = dict[str, Any]
+"""The arrays of a request by name."""
 COUNTERS = {PROMPT_TOKENS: "Tokens of prompts", REFUSED: "Requests refused because they were wrong"}
 
 
@@ -59,6 +62,7 @@ class TritonPythonModel:
         self.several_prompts = parameters["several_prompts"].lower() in ("true", "1")
         labels = {"model": args["model_name"], "version": args["model_version"]}
         self.metrics = Metrics(labels, counters=COUNTERS)
+        self.kept = KeptTensors()
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response per request; a wrong request gets an error and leaves the others alone."""
@@ -73,7 +77,7 @@ class TritonPythonModel:
             try:
                 if isinstance(item, BadRequestError):
                     raise item
-                responses.append(_response(item, [next(ids) for _ in item.prompts]))
+                responses.append(self._response(item, [next(ids) for _ in item.prompts]))
             except BadRequestError as error:
                 self.metrics.values[REFUSED] += 1
                 failure = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
@@ -88,7 +92,8 @@ class TritonPythonModel:
             return error
 
     def _read(self, request: Any) -> Ask:
-        prompts = [_text(row[0], "the prompt") for row in _rows(request, "QUERY")]
+        given = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+        prompts = [_text(row[0], "the prompt") for row in _rows(given, "QUERY")]
         size = len(prompts)
         if size > 1 and not self.several_prompts:
             raise BadRequestError(
@@ -97,61 +102,53 @@ class TritonPythonModel:
             )
         if not all(prompts):
             raise BadRequestError("the prompt is empty")
-        max_tokens = _numbers(request, "REQUEST_OUTPUT_LEN", size, 0)
+        max_tokens = _numbers(given, "REQUEST_OUTPUT_LEN", size, 0)
         if max_tokens.min() < 1:
             raise BadRequestError(f"max_tokens must be at least 1, got {max_tokens.min()}")
-        end_given = pb_utils.get_input_tensor_by_name(request, "END_ID") is not None
-        others = [] if end_given else [[number] for number in self.other_end_ids]
+        others = [] if "END_ID" in given else [[number] for number in self.other_end_ids]
         return Ask(
             prompts,
             max_tokens,
-            stop=[[*words, *others] for words in self._words(request, "STOP_WORDS_DICT", size)],
-            bad=self._words(request, "BAD_WORDS_DICT", size),
-            end_ids=_numbers(request, "END_ID", size, self.end_id),
-            pad_ids=_numbers(request, "PAD_ID", size, self.pad_id),
+            stop=[[*words, *others] for words in self._words(given, "STOP_WORDS_DICT", size)],
+            bad=self._words(given, "BAD_WORDS_DICT", size),
+            end_ids=_numbers(given, "END_ID", size, self.end_id),
+            pad_ids=_numbers(given, "PAD_ID", size, self.pad_id),
         )
 
-    def _words(self, request: Any, name: str, size: int) -> list[list[list[int]]]:
+    def _words(self, given: Inputs, name: str, size: int) -> list[list[list[int]]]:
         """Token sequences per row. Empty words mean none: NVIDIA's documented requests send "" for "no stop words"."""
-        rows = _rows(request, name) or [[]] * size
+        rows = _rows(given, name) or [[]] * size
         if len(rows) != size:
             raise BadRequestError(f"{name} has {len(rows)} rows for {size} prompts")
         what = "a stop word" if name == "STOP_WORDS_DICT" else "a bad word"
         texts = [[_text(word, what) for word in row] for row in rows]
         return [[ids for text in row if text for ids in self.tokenizer.word(text)] for row in texts]
 
-
-def _response(ask: Ask, ids: list[list[int]]) -> Any:
-    if not all(ids):
-        raise BadRequestError("the prompt has no tokens")
-    pads = ask.pad_ids[:, 0].tolist()
-    tensors = {
-        "INPUT_ID": pad(ids, pads),
-        "REQUEST_INPUT_LEN": np.array([[len(row)] for row in ids], dtype=np.int32),
-        "BAD_WORDS_IDS": word_lists(ask.bad),
-        "STOP_WORDS_IDS": word_lists(ask.stop),
-        "REQUEST_OUTPUT_LEN": ask.max_tokens,
-        "OUT_END_ID": ask.end_ids,
-        "OUT_PAD_ID": ask.pad_ids,
-    }
-    return pb_utils.InferenceResponse([pb_utils.Tensor(name, value) for name, value in tensors.items()])
+    def _response(self, ask: Ask, ids: list[list[int]]) -> Any:
+        if not all(ids):
+            raise BadRequestError("the prompt has no tokens")
+        tensors = {
+            "REQUEST_INPUT_LEN": np.array([[len(row)] for row in ids], dtype=np.int32),
+            "BAD_WORDS_IDS": word_lists(ask.bad),
+            "STOP_WORDS_IDS": word_lists(ask.stop),
+            "REQUEST_OUTPUT_LEN": ask.max_tokens,
+            "OUT_END_ID": ask.end_ids,
+            "OUT_PAD_ID": ask.pad_ids,
+        }
+        prompts = pb_utils.Tensor("INPUT_ID", pad(ids, ask.pad_ids[:, 0].tolist()))
+        return pb_utils.InferenceResponse([prompts, *(self.kept.array(*item) for item in tensors.items())])
 
 
-def _rows(request: Any, name: str) -> list[list[bytes]]:
+def _rows(given: Inputs, name: str) -> list[list[bytes]]:
     """A string tensor as a list of its batch rows; none when the request leaves it out."""
-    tensor = pb_utils.get_input_tensor_by_name(request, name)
-    if tensor is None:
-        return []
-    array = tensor.as_numpy()
-    return [row.reshape(-1).tolist() for row in array]
+    return [row.reshape(-1).tolist() for row in given.get(name, ())]
 
 
-def _numbers(request: Any, name: str, size: int, default: int) -> Any:
+def _numbers(given: Inputs, name: str, size: int, default: int) -> Any:
     """[size, 1] int32 of a tensor with one number per row."""
-    tensor = pb_utils.get_input_tensor_by_name(request, name)
-    if tensor is None:
+    array = given.get(name)
+    if array is None:
         return np.full((size, 1), default, dtype=np.int32)
-    array = tensor.as_numpy()
     if array.size != size:
         raise BadRequestError(f"{name} has {array.size} numbers for {size} prompts")
     return array.reshape(size, 1)

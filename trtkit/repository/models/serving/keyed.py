@@ -43,6 +43,8 @@ class KeyedStreams:
 
         Without a key nothing is held, and an incomplete character becomes U+FFFD.
         """
+        if key not in self._held and (plain := self._tokenizer.plain(ids)) is not None:
+            return plain
         if key is None:
             return self._tokenizer.text(ids, continues=True)
         born, stream = self._held.pop(key, (0.0, None))

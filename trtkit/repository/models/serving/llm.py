@@ -22,6 +22,7 @@ import triton_python_backend_utils as pb_utils
 from .answers import Answer, Reply
 from .chat import ChatError
 from .engine import Code, Engine, RequestError, Step
+from .kept import KeptTensors
 from .metrics import Metrics
 from .outbox import Outbox
 from .reader import Reader
@@ -78,7 +79,8 @@ class ServingModel:
         module = importlib.import_module(f".engines.{settings.engine}", __package__)
         self._engine: Engine = module.Engine(settings.parameters, slots=settings.slots)
         decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
-        self._reader = Reader(settings, self._engine, decoupled=decoupled)
+        self._kept = KeptTensors()
+        self._reader = Reader(settings, self._engine, self._kept, decoupled=decoupled)
         labels = {"model": args["model_name"], "version": args["model_version"]}
         self._metrics = Metrics(labels, counters=COUNTERS, gauges=GAUGES, histograms=HISTOGRAMS)
         # Both threads touch these, under the lock.
@@ -112,6 +114,7 @@ class ServingModel:
             self._thread.join(30)
             self._outbox.close()
             self._engine.close()
+            self._kept.clear()
 
     # Triton's thread.
 

@@ -10,6 +10,7 @@ from .answers import Answer, Reply
 from .asks import Ask, read
 from .chat import ChatTemplate, read_messages
 from .engine import Engine, Job, RequestError
+from .kept import KeptTensors
 from .settings import Settings
 from .stops import StopStrings
 from .text import Tokenizer
@@ -24,8 +25,8 @@ class Reader:
         decoupled: whether a request may have several responses.
     """
 
-    def __init__(self, settings: Settings, engine: Engine, *, decoupled: bool) -> None:
-        self._settings, self._engine, self._decoupled = settings, engine, decoupled
+    def __init__(self, settings: Settings, engine: Engine, kept: KeptTensors, *, decoupled: bool) -> None:
+        self._settings, self._engine, self._kept, self._decoupled = settings, engine, kept, decoupled
         self._tokenizer = Tokenizer(settings.tokenizer_dir, add_special_tokens=settings.add_special_tokens)
         self._template = ChatTemplate.load(settings.tokenizer_dir)
         self._keys = itertools.count(1)
@@ -39,7 +40,7 @@ class Reader:
         """
         asked: dict[bool, list[tuple[Reply, str]]] = {}
         for request in requests:
-            reply = Reply(request, arrived)
+            reply = Reply(request, arrived, self._kept)
             try:
                 reply.ask = read({tensor.name(): tensor.as_numpy() for tensor in request.inputs()})
                 reply.deadline = self._settings.deadline(request.timeout(), arrived)
