@@ -15,11 +15,13 @@ concurrencies on it; figures are medians over the rounds, ratios are medians of 
     fused 20 ms     the same, tokens may wait up to 20 ms for company
 
 Predicted: fused 15 to 50 us of CPU above direct, with tokens/s 0.9 of it; an ensemble with two outputs per step
-instead of six 85 us below one with all. Measured (2 quiet cores, one round of 3 s): fused 1 us above direct at 32
-streams and 7 below at 64, tokens/s 1.09 and 1.34 of it, since two threads carry its responses (with one thread: 39 and
-52 us above, 0.70 and 0.60); ensemble 0.40 of the CPU that NVIDIA's adds. Missed: p99 of an ensemble's first token, 2.1
-and 1.2 times NVIDIA's at 32 and 64 streams. Tokens wait in postprocessing's queue there (45 to 117 ms), because the
-stand-in outruns it.
+instead of six 85 us below one with all. Measured (2 quiet cores, medians of 5 rounds of 4 s): fused 30 us below
+direct at 32 streams and 39 at 64, tokens/s 1.56 and 1.68 of it, since two threads carry its responses (with one
+thread: 39 and 52 us above, 0.70 and 0.60); ensemble 0.53 and 0.36 of the CPU that NVIDIA's adds. p99 of an ensemble's
+first token is 1.03, 0.94, 0.90 and 0.74 of NVIDIA's at 1, 8, 32 and 64 streams, and varies most: where postprocessing
+gets less of the cores than the stand-in, which takes no time, tokens queue in front of it. What helped there: tensors
+that are kept and sent again, inputs read in one go, and no waiting for company (1 ms of it: CPU 0.35 and 0.39, p99
+1.1 and 2.3 at 1 and 8). Tokenising on every core took preprocessing from 1.5 to 1.7 and 1.8 times NVIDIA's requests.
 
 CPU is that of the server and its python models, in microseconds per token (per request for single answers). It is the
 stable figure: tokens/s also depend on what else the cores do.

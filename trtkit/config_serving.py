@@ -57,9 +57,9 @@ class ServingConfig(Strict):
     """Serve token by token (decoupled models). Requests still choose with `stream`."""
     coalesce: bool = True
     """Tokens that the engine has ready together go out in one response."""
-    max_token_wait_ms: Annotated[float, Field(ge=0, le=1000)] | None = None
-    """How long a token may wait for company before it is sent. None is 0 for `llm`, and 1 for an ensemble, where tokens
-    of all streams share the calls of postprocessing."""
+    max_token_wait_ms: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """How long a token may wait for company before it is sent: in `llm` for others of its stream, in an ensemble for
+    those of all streams, which share the calls of postprocessing."""
     ensemble_outputs: list[Literal["cum_log_probs", "output_log_probs", "batch_index", "sequence_index"]] = []
     """What an ensemble returns beside the text. Each takes about 20 us of CPU per token, asked for or not. Requests
     with several prompts need batch_index where the ensemble streams, and `num_return_sequences` needs

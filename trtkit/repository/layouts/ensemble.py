@@ -13,10 +13,6 @@ from trtkit.repository.layouts.job import TOKENIZER_FILES, Files, Job, flag, pad
 
 _INFLIGHT_SINCE = "25.11"  # core, branch r25.11: src/ensemble_scheduler reads ensemble_scheduling.max_inflight_requests
 
-TOKEN_WAIT_MS = 1.0
-"""How long a token waits so that pieces of several streams share one call of postprocessing, unless the config says
-otherwise. It takes about 40 us of CPU off every token (benchmarks/serving_path.py)."""
-
 
 def render(job: Job) -> Files:
     """The three models around `tensorrt_llm`. An engine's knows what its release knows; the reference runtime all."""
@@ -54,8 +50,6 @@ def _preprocessing(job: Job) -> Files:
 
 
 def _postprocessing(job: Job) -> Files:
-    wait_ms = job.config.serving.max_token_wait_ms
-    wait_ms = (TOKEN_WAIT_MS if job.config.serving.streaming else 0.0) if wait_ms is None else wait_ms
     message = pbtxt.model_config(
         "postprocessing",
         inputs=contract.POSTPROCESSING_INPUTS,
@@ -65,7 +59,7 @@ def _postprocessing(job: Job) -> Files:
         backend="python",
         instances=1,  # more would mix up the order of a stream's pieces
         parameters={"tokenizer_dir": "tokenizer", "skip_special_tokens": "true"},
-        dynamic_batching={"max_queue_delay_microseconds": round(1000 * wait_ms)},
+        dynamic_batching={"max_queue_delay_microseconds": round(1000 * job.config.serving.max_token_wait_ms)},
     )
     files: Files = {"postprocessing/config.pbtxt": pbtxt.dumps(message)}
     files.update(model_code("postprocessing"))

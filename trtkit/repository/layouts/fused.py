@@ -139,7 +139,7 @@ def _parameters(job: Job) -> dict[str, str]:
         "add_special_tokens": flag(serving.add_special_tokens),
         "coalesce": flag(serving.coalesce),
         "default_max_tokens": str(serving.default_max_tokens),
-        "max_token_wait_ms": f"{serving.max_token_wait_ms or 0.0:g}",
+        "max_token_wait_ms": f"{serving.max_token_wait_ms:g}",
         "max_queue_size": str(serving.max_queue_size),
         "timeout_ms": f"{serving.queue.default_timeout_microseconds / 1000:g}",
         "allow_timeout_override": flag(serving.queue.allow_timeout_override),
