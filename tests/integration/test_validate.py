@@ -119,12 +119,12 @@ def test_everything_holds(config_file: Path, capsys: pytest.CaptureFixture[str])
     assert code == 0 and {result["outcome"] for result in results.values()} == {"passed"}, results
     assert results["parity"]["figures"]["agreement"] == 1.0
     assert results["parity"]["figures"]["total"] > 16
-    assert results["text"]["figures"]["equal"] == 8
+    assert results["text"]["figures"]["equal"] == 16
     assert results["contract"]["findings"] == []
     assert results["chat"]["figures"]["equal"] == 6
     assert len(results["cancellation"]["figures"]["seconds"]) == 4, "the engine and the model in front of it"
     figures = results["streaming"]["figures"]
-    assert figures["equal"] == figures["streams"] == 14 and max(figures["pieces"]) > 4
+    assert figures["equal"] == figures["streams"] == 28 and max(figures["pieces"]) > 4
 
 
 def test_everything_holds_without_streaming(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
