@@ -21,7 +21,8 @@ SHOWN_ROOT = "/home/you/trtkit"
 BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
 # Lines that depend on the machine's speed or on timing.
 VOLATILE = re.compile(
-    r"^(\S+: )?(warning|info) TK8|^ *fix: |requests/s|in flight|^(starting|loading|opening)|load test|^ *(closed|open)\b"
+    r"^(\S+: )?(warning|info) TK8|^ *fix: |requests/s|in flight|^(starting|loading|opening)|load test"
+    r"|^ *(closed|open)\b"
     r"|signal-to-noise|^│ [\d.]+ +│ [\d.e-]+ +│"  # which linears are worst, and how formats can be mixed
 )
 
