@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from .decoding import BYTE_TOKEN, Rules, alphabet_bytes
@@ -42,15 +43,21 @@ class Tables(Vocabulary):
         rules: of its decoder.
         byte_run: bytes of a run of byte tokens that wait for its end.
 
-    Attributes:
-        plain: text of tokens that need no care while nothing is held; filled as tokens come up.
     """
 
     def __init__(self, library: Any, rules: Rules, *, skip_special_tokens: bool, byte_run: int) -> None:
         super().__init__(library, skip_special_tokens=skip_special_tokens)
         self.rules, self.byte_run = rules, byte_run
-        self.plain: dict[int, str] = {}
+        self._plain: dict[int, str] = {}  # text of tokens that need no care while nothing is held
         self._parts: dict[int, Part] = {}
+
+    def plain_text(self, ids: Sequence[int]) -> str | None:
+        """What tokens add to a text of which nothing is held; None if one is not text by itself, or has not come up."""
+        known = self._plain
+        try:
+            return known[ids[0]] if len(ids) == 1 else "".join([known[number] for number in ids])
+        except KeyError:
+            return None
 
     def part(self, number: int) -> Part:
         """What a token behind another one is."""
@@ -64,9 +71,9 @@ class Tables(Vocabulary):
         part = None if self.is_silent(token) else self._part(self.rules.later(token))
         self._parts[number] = part
         if part is None or isinstance(part, str):
-            self.plain[number] = part or ""
+            self._plain[number] = part or ""
         elif isinstance(part, bytes) and _is_text(part):
-            self.plain[number] = part.decode()
+            self._plain[number] = part.decode()
         return part
 
     def first_part(self, number: int) -> Part:

@@ -45,11 +45,10 @@ class TableStream(TextStream):
         continues: a text is in front of the answer, so that its first token is not the first of a text.
     """
 
-    __slots__ = ("_busy", "_first", "_held", "_plain", "_run", "_strip", "_tables")
+    __slots__ = ("_busy", "_first", "_held", "_run", "_strip", "_tables")
 
     def __init__(self, tables: Tables, continues: bool) -> None:
         self._tables = tables
-        self._plain = tables.plain
         self._first = tables.rules.first is not None and not continues
         self._strip = 0 if continues else tables.rules.strip[1]
         self._held = b""  # an incomplete character, or the run of byte tokens so far
@@ -75,12 +74,8 @@ class TableStream(TextStream):
         return not self._busy
 
     def push(self, ids: Sequence[int]) -> str:
-        if not self._busy:
-            try:
-                plain = self._plain
-                return plain[ids[0]] if len(ids) == 1 else "".join([plain[number] for number in ids])
-            except KeyError:  # a token that is not text by itself, or is new to the tables
-                pass
+        if not self._busy and (plain := self._tables.plain_text(ids)) is not None:
+            return plain
         part, known = self._tables.part, self._tables.part
         if self._first:
             known = self._tables.first_part

@@ -116,14 +116,8 @@ class Tokenizer:
         return stream
 
     def plain(self, ids: Sequence[int]) -> str | None:
-        """What tokens add to any text, if each is text by itself and was so before; else None: ask a stream."""
-        if self._tables is None:
-            return None
-        known = self._tables.plain
-        try:
-            return known[ids[0]] if len(ids) == 1 else "".join([known[number] for number in ids])
-        except KeyError:
-            return None
+        """What tokens add to a text of which nothing is held, where that is known at once; else None: ask a stream."""
+        return None if self._tables is None else self._tables.plain_text(ids)
 
     def text(self, ids: Sequence[int], prompt: Sequence[int] = (), *, continues: bool = False) -> str:
         """The text of a whole answer; arguments as in `stream`."""
