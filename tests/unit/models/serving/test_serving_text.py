@@ -414,6 +414,16 @@ def test_without_a_key_nothing_is_held() -> None:
     assert len(streams) == 0
 
 
+def test_a_character_that_is_never_completed_shows_with_the_next_token() -> None:
+    """Also where that token has come up before, so that its text is known without a stream."""
+    library = LIBRARIES["byte level"]
+    first, letter = library.token_to_id("æ"), library.token_to_id("Ġ.")
+    streams = KeyedStreams(Tokenizer(library, byte_run=0))
+    assert [streams.text("a", [token]) for token in (letter, first, letter, letter)] == [" .", "", "\ufffd .", " ."]
+    assert streams.text("a", [first]) == ""
+    assert [streams.text(key, [letter]) for key in ("b", None, "a")] == [" .", " .", "\ufffd ."]
+
+
 def test_old_and_surplus_streams_go() -> None:
     library = LIBRARIES["byte level"]
     first, *rest = (library.token_to_id(token) for token in ("æ", "¼", "¢"))
