@@ -11,85 +11,20 @@ import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from small_tokenizers import LIBRARIES, LOSSLESS, TABLE, TRAINED
 from tokenizers import Tokenizer as Library
+from tokenizers import pre_tokenizers
 
 from trtkit.repository.models.serving.decoding import alphabet_bytes, byte_alphabet
-from trtkit.repository.models.serving.keyed import KeyedStreams
 from trtkit.repository.models.serving.streams import RedecodedStream
 from trtkit.repository.models.serving.tables import Vocabulary
 from trtkit.repository.models.serving.text import BYTE_RUN, TextStream, Tokenizer, is_exact
 
-BYTE_LEVEL = [
-    "Ġhello",
-    "Ġ",
-    "Ã",
-    "©",
-    "ðŁĺ",
-    "Ģ",
-    "ð",
-    "æ",
-    "¼",
-    "¢",
-    "í",
-    "ł",
-    "Ġ.",
-    "é<x>",
-    "漢",
-    "ÿ",
-    "Ċ",
-    "▁x",
-    "Ù",
-    "ħ",
-]
-BYTES = [f"<0x{byte:02X}>" for byte in (0x0A, 0x20, 0x41, 0xE6, 0xBC, 0xA2, 0xFF, 0xF0, 0x9F, 0x98, 0x80, 0xED, 0xA0)]
-PIECES = ["▁", "▁a", "a", "b▁", "▁▁", "<0x+A>", "<0xG0>", "漢", "é", "", " ", "\u200d", "\u0301", "م", *BYTES]
-WORDS = ["play", "##ing", ".", "##.", "n't", "'", "!", "do not", " ", "##", "'s", "漢"]
-SUFFIXED = ["a</w>", "b", "c</w>", "</w>", "d</w>e", "x"]
-
-_D = decoders
-REPLACE = _D.Replace("▁", " ")
-TABLE: dict[str, tuple[list[str], Any]] = {
-    "byte level": (BYTE_LEVEL, _D.ByteLevel()),
-    "byte level, stripped": (BYTE_LEVEL, _D.Sequence([_D.ByteLevel(), _D.Fuse(), _D.Strip(" ", 2, 0)])),
-    "llama 2, mistral": (PIECES, _D.Sequence([REPLACE, _D.ByteFallback(), _D.Fuse(), _D.Strip(" ", 1, 0)])),
-    "gemma": (PIECES, _D.Sequence([REPLACE, _D.ByteFallback(), _D.Fuse()])),
-    "nested": (PIECES, _D.Sequence([REPLACE, _D.Sequence([_D.ByteFallback()])])),
-    "metaspace, always": (PIECES, _D.Metaspace(prepend_scheme="always")),
-    "metaspace, first": (PIECES, _D.Metaspace(prepend_scheme="first")),
-    "metaspace, never": (PIECES, _D.Metaspace(prepend_scheme="never")),
-    "metaspace, bytes": (PIECES, _D.Sequence([_D.Metaspace(), _D.ByteFallback(), _D.Fuse()])),
-    "word piece": (WORDS, _D.WordPiece()),
-    "word piece as it is": (WORDS, _D.WordPiece(cleanup=False)),
-    "no decoder": (WORDS, None),
-    "pieces stripped": (PIECES, _D.Sequence([_D.Strip("a", 1, 0), _D.Fuse()])),
-}
-"""Families whose tokens have texts of their own."""
-REDECODED: dict[str, tuple[list[str], Any]] = {
-    "suffixes": (SUFFIXED, _D.BPEDecoder()),
-    "ctc": (["a", "b", "<pad>", "|", "c", "'s"], _D.CTC()),
-    "replaced when joined": (PIECES, _D.Sequence([_D.Fuse(), _D.Replace("▁a", "Q")])),
-}
-
-
-def build(family: str) -> Library:
-    tokens, decoder = (TABLE | REDECODED)[family]
-    vocabulary = {token: place for place, token in enumerate(dict.fromkeys(["<unk>", *tokens]))}
-    library = Library(models.WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106 - a token of text
-    if decoder is not None:
-        library.decoder = decoder
-    library.add_special_tokens(["<s>", "</s>"])
-    library.add_tokens([AddedToken("<tool é>"), AddedToken("[X]", lstrip=True, rstrip=True)])
-    return library
-
-
-LIBRARIES = {family: build(family) for family in TABLE | REDECODED}
 READERS = {
     (family, skip): Tokenizer(LIBRARIES[family], skip_special_tokens=skip)
     for family in LIBRARIES
@@ -146,54 +81,6 @@ def test_an_answer_adds_to_its_prompt_what_the_library_says(
     assert before + reader.text(answer, prompt) == whole
 
 
-def trained(kind: str) -> Library:
-    """A tokenizer trained on the spot, with normalizer and decoder as its family has them."""
-    corpus = [
-        "The quick brown fox jumps over the lazy dog, and the dog sleeps on.",
-        "Grüße aus Köln; ça va, naïve façade? Ελληνικά και кириллица.",
-        "漢字とかな交じり文。天地玄黃宇宙洪荒。 emoji 🙂🚀",
-    ] * 4
-    if kind == "byte level":
-        library = Library(models.BPE())
-        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        library.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer: Any = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-    elif kind == "byte fallback":
-        library = Library(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))  # noqa: S106 - no password
-        library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        library.decoder = TABLE["llama 2, mistral"][1]
-        all_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
-        letters = [*map(chr, range(0x21, 0x7F)), "▁", "é"]
-        trainer = trainers.BpeTrainer(
-            vocab_size=600,
-            special_tokens=["<unk>", *all_bytes],
-            limit_alphabet=len(letters),
-            initial_alphabet=letters,
-            show_progress=False,
-        )
-    else:
-        library = Library(models.Unigram())
-        library.pre_tokenizer = pre_tokenizers.Metaspace()
-        library.decoder = decoders.Metaspace()
-        trainer = trainers.UnigramTrainer(
-            vocab_size=200,
-            special_tokens=["<unk>"],
-            unk_token="<unk>",  # noqa: S106 - a token of text
-            show_progress=False,
-        )
-    library.train_from_iterator(corpus, trainer)
-    document = json.loads(library.to_str())
-    document["added_tokens"] = []  # the trainer marks byte tokens as special, which they are not in real models
-    library = Library.from_str(json.dumps(document))
-    library.add_special_tokens(["<s>", "</s>"])
-    bos = library.token_to_id("<s>")
-    library.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
-    return library
-
-
-TRAINED = {kind: trained(kind) for kind in ("byte level", "byte fallback", "unigram")}
-LOSSLESS = ["byte level", "byte fallback"]
 HARD = [
     "👨‍👩‍👧‍👦 and 🏴󠁧󠁢󠁥󠁮󠁧󠁿 🇨🇭 👍🏽",
     "漢字とかな。  two  spaces\n\n\ttab \r\n end ",
@@ -386,71 +273,6 @@ def test_a_folder_without_a_tokenizer_is_one_line(tmp_path: Path, content: str |
     with pytest.raises(ValueError, match=r"tokenizer\.json") as caught:
         Tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("kind", TRAINED)
-@settings(deadline=None)
-@given(texts=st.lists(st.text(max_size=20), min_size=1, max_size=4), seed=st.integers(0, 2**32))
-def test_pieces_of_many_answers_find_each_other_by_key(kind: str, texts: list[str], seed: int) -> None:
-    library, order = TRAINED[kind], random.Random(seed)
-    streams = KeyedStreams(Tokenizer(library, byte_run=0))
-    waiting = {key: library.encode(text, add_special_tokens=False).ids for key, text in enumerate(texts)}
-    whole = [Tokenizer(library).text(ids, continues=True) for ids in waiting.values()]
-    said = ["" for _ in texts]
-    while any(waiting.values()):
-        key = order.choice([key for key, ids in waiting.items() if ids])
-        size = order.randint(1, 3)
-        said[key] += streams.text(key, waiting[key][:size])
-        waiting[key] = waiting[key][size:]
-    assert said == whole
-    assert len(streams) == 0
-
-
-def test_without_a_key_nothing_is_held() -> None:
-    library = LIBRARIES["gemma"]
-    start, rest = library.token_to_id("<0xE6>"), [library.token_to_id(token) for token in ("<0xBC>", "<0xA2>")]
-    streams = KeyedStreams(Tokenizer(library, byte_run=0))
-    assert [streams.text(None, ids) for ids in ([start], rest)] == ["\ufffd", "\ufffd\ufffd"]
-    assert len(streams) == 0
-
-
-def test_a_character_that_is_never_completed_shows_with_the_next_token() -> None:
-    """Also where that token has come up before, so that its text is known without a stream."""
-    library = LIBRARIES["byte level"]
-    first, letter = library.token_to_id("æ"), library.token_to_id("Ġ.")
-    streams = KeyedStreams(Tokenizer(library, byte_run=0))
-    assert [streams.text("a", [token]) for token in (letter, first, letter, letter)] == [" .", "", "\ufffd .", " ."]
-    assert streams.text("a", [first]) == ""
-    assert [streams.text(key, [letter]) for key in ("b", None, "a")] == [" .", " .", "\ufffd ."]
-
-
-def test_old_and_surplus_streams_go() -> None:
-    library = LIBRARIES["byte level"]
-    first, *rest = (library.token_to_id(token) for token in ("æ", "¼", "¢"))
-    letter = library.token_to_id("Ġ.")
-    now = 0.0
-    streams = KeyedStreams(Tokenizer(library, byte_run=0), limit=3, max_age_s=10.0, clock=lambda: now)
-    assert [streams.text(key, [first]) for key in range(5)] == [""] * 5
-    assert len(streams) == 3
-    assert streams.text(4, rest) == "漢"
-    assert streams.text(0, [letter]) == " ."  # surplus, gone
-    now = 11.0
-    assert streams.text(3, [letter]) == " ."  # too old to belong to this answer
-    assert streams.text("new", [first]) == ""
-    assert len(streams) == 1
-
-
-@pytest.mark.parametrize(
-    ("family", "tokens", "texts"),
-    [
-        ("suffixes", ["a</w>", "b", "c</w>"], ["a", " b", "c"]),
-        ("ctc", ["a", "a", "b", "|"], ["a", "", "b", " "]),
-    ],
-)
-def test_an_answer_without_an_end_loses_nothing(family: str, tokens: list[str], texts: list[str]) -> None:
-    library = LIBRARIES[family]
-    streams = KeyedStreams(Tokenizer(library, byte_run=0))
-    assert [streams.text("key", [library.token_to_id(token)]) for token in tokens] == texts
 
 
 def test_what_is_remembered_of_clients_words_is_bounded() -> None:
